@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Byte strings that both ends of the protocol compute: nonces, HPKE infos, receipts, workload digests.
+
+One function each, used by the side that makes the value and the side that checks it, so that they cannot drift
+apart. docs/architecture.md, "From quote to key", says which attack each field stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from cloister.tlv import sha384, tlv
+
+NONCE_SIZE: Final = 32
+
+
+def combined_nonce(challenge_nonce: bytes, relying_party_nonce: bytes) -> bytes:
+    """Return the nonce for report_data: the challenge, or a digest over it and a relying party's (48 bytes)."""
+    if not relying_party_nonce:
+        return challenge_nonce
+    return sha384(tlv("cloister-nonce-v1", challenge_nonce, relying_party_nonce))
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseBinding:
+    """What a released data key is bound to; goes into the HPKE info and into the receipt."""
+
+    key_uri: str
+    key_version: int
+    purpose: str  # "train", "serve", "evaluate"; "seal" and "export" for the owner's own machine
+    policy_digest: bytes  # 48 bytes, empty for the owner's own calls
+    evidence_digest: bytes  # SHA-384 of the EAR; of the caller's certificate (DER) for the owner's own calls
+    client_nonce: bytes  # 32 bytes
+    broker_nonce: bytes  # 32 bytes, empty for the owner's own calls
+    broker_id: str  # SPIFFE id
+    wrapped_digest: bytes  # SHA-384 of the wrapped data key: an operator cannot swap one data key for another
+
+    def _fields(self) -> tuple[bytes | str | int, ...]:
+        return (
+            self.key_uri,
+            self.key_version,
+            self.purpose,
+            self.policy_digest,
+            self.evidence_digest,
+            self.client_nonce,
+            self.broker_nonce,
+            self.broker_id,
+            self.wrapped_digest,
+        )
+
+    def hpke_info(self) -> bytes:
+        """Return the info of the HPKE seal."""
+        return tlv("cloister-release-v1", *self._fields())
+
+    def receipt_message(self, *, sealed: bytes, log_id: bytes, index: int, root: bytes) -> bytes:
+        """Return what the broker signs: the binding, the answer's digest and the place of the decision in the log."""
+        return tlv("cloister-receipt-v1", *self._fields(), sha384(sealed), log_id, index, root)
+
+
+@dataclass(frozen=True, slots=True)
+class JobInput:
+    """A sealed directory that a job reads."""
+
+    name: str
+    key_uri: str
+    manifest_digest: bytes  # 48 bytes
+
+
+def job_config_digest(
+    *, args: Sequence[str], nodes: int, seed: int, inputs: Sequence[JobInput], output_key_uri: str
+) -> bytes:
+    """Return SHA-384 of what a job does apart from its script: the same on every rank (48 bytes).
+
+    Where files lie is left out: storage is not trusted, and the manifest digests say what must lie there.
+    """
+    args_tlv = tlv("args", *args)
+    inputs_tlv = tlv("inputs", *(tlv("input", i.name, i.key_uri, i.manifest_digest) for i in inputs))
+    return sha384(tlv("cloister-job-config-v1", args_tlv, nodes, seed, inputs_tlv, output_key_uri))

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A simulated TDX platform: a development root, a quoting enclave and TDs that live as long as a connection."""

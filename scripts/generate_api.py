@@ -36,6 +36,7 @@ def generate(into: Path) -> None:
 
 def differences(made: Path, committed: Path) -> list[str]:
     """Return the relative paths that differ between two generated trees."""
+
     def files(root: Path) -> set[Path]:
         return {p.relative_to(root) for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
 

@@ -68,7 +68,9 @@ class Code(enum.Enum):
     """Stable codes. A number is never reused; thousands group by room."""
 
     # 1000: configuration, command line, files
-    CONFIG_INVALID = CodeInfo(1001, Kind.USAGE, "a configuration file does not parse or holds a value that is not allowed")
+    CONFIG_INVALID = CodeInfo(
+        1001, Kind.USAGE, "a configuration file does not parse or holds a value that is not allowed"
+    )
     ARGUMENT_INVALID = CodeInfo(1002, Kind.USAGE, "an argument or a field of a request is not allowed")
     FILE_NOT_FOUND = CodeInfo(1003, Kind.NOT_FOUND, "a file or directory is not there")
     FILE_EXISTS = CodeInfo(1004, Kind.EXISTS, "a file that would be written is already there")
@@ -93,8 +95,12 @@ class Code(enum.Enum):
     INTERNAL = CodeInfo(1199, Kind.INTERNAL, "an unexpected error; the service's log has it under the request id")
     # 1200: attestation
     QUOTE_REJECTED = CodeInfo(1201, Kind.UNAUTHENTIC, "the quote is malformed or does not verify")
-    NONCE_UNKNOWN = CodeInfo(1202, Kind.UNAUTHENTIC, "the nonce was not given out here, has expired, or was used before")
-    REPORT_DATA_MISMATCH = CodeInfo(1203, Kind.UNAUTHENTIC, "the quote is over other keys, or another nonce, than the request's")
+    NONCE_UNKNOWN = CodeInfo(
+        1202, Kind.UNAUTHENTIC, "the nonce was not given out here, has expired, or was used before"
+    )
+    REPORT_DATA_MISMATCH = CodeInfo(
+        1203, Kind.UNAUTHENTIC, "the quote is over other keys, or another nonce, than the request's"
+    )
     EVENT_LOG_MISMATCH = CodeInfo(1204, Kind.UNAUTHENTIC, "the event log does not replay to the quoted registers")
     CSR_INVALID = CodeInfo(1205, Kind.UNAUTHENTIC, "the certificate request is not under the quoted TLS key")
     APPRAISAL_FAILED = CodeInfo(1206, Kind.DENIED, "the evidence is authentic but not acceptable here")
@@ -102,7 +108,9 @@ class Code(enum.Enum):
     USER_NOT_REGISTERED = CodeInfo(1208, Kind.DENIED, "this public key belongs to no registered user")
     EVIDENCE_UNEXPECTED = CodeInfo(1209, Kind.UNAUTHENTIC, "a service's evidence is not what was expected of it")
     QUOTE_PROVIDER_FAILED = CodeInfo(1210, Kind.UNAVAILABLE, "no quote could be had from this platform")
-    TOKEN_INVALID = CodeInfo(1211, Kind.UNAUTHENTIC, "the attestation result does not verify or is not for this channel")
+    TOKEN_INVALID = CodeInfo(
+        1211, Kind.UNAUTHENTIC, "the attestation result does not verify or is not for this channel"
+    )
     BUNDLE_INVALID = CodeInfo(1212, Kind.UNAUTHENTIC, "the trust bundle is malformed or not the expected one")
     # 1300: keys
     KEY_NOT_FOUND = CodeInfo(1301, Kind.NOT_FOUND, "no such key of yours")
@@ -116,9 +124,13 @@ class Code(enum.Enum):
     KEY_URI_INVALID = CodeInfo(1309, Kind.USAGE, "not a key URI")
     STORE_DAMAGED = CodeInfo(1310, Kind.INTERNAL, "the key store is damaged or under another root key")
     # 1400: sealed files
-    SEALED_FILE_INVALID = CodeInfo(1401, Kind.UNAUTHENTIC, "a sealed file is damaged, cut, or not the one it claims to be")
+    SEALED_FILE_INVALID = CodeInfo(
+        1401, Kind.UNAUTHENTIC, "a sealed file is damaged, cut, or not the one it claims to be"
+    )
     MANIFEST_INVALID = CodeInfo(1402, Kind.UNAUTHENTIC, "the manifest of a sealed directory is damaged or forged")
-    SEALED_DIRECTORY_MISMATCH = CodeInfo(1403, Kind.UNAUTHENTIC, "a sealed directory does not hold what its manifest says")
+    SEALED_DIRECTORY_MISMATCH = CodeInfo(
+        1403, Kind.UNAUTHENTIC, "a sealed directory does not hold what its manifest says"
+    )
     NOT_SEALED = CodeInfo(1404, Kind.USAGE, "this is not a sealed file or directory")
     # 1500: training
     JOB_NOT_FOUND = CodeInfo(1501, Kind.NOT_FOUND, "no such job of yours")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """SPIFFE ids and the roles they stand for: the only names that authorisation knows.
 
-    spiffe://<trust-domain>/service/<attest|keybroker|trainer|gateway>
-    spiffe://<trust-domain>/ns/<tenant>/job/<job>/rank/<n>
-    spiffe://<trust-domain>/ns/<tenant>/model/<model>/backend/<id>
-    spiffe://<trust-domain>/ns/<tenant>/user/<name>
+spiffe://<trust-domain>/service/<attest|keybroker|trainer|gateway>
+spiffe://<trust-domain>/ns/<tenant>/job/<job>/rank/<n>
+spiffe://<trust-domain>/ns/<tenant>/model/<model>/backend/<id>
+spiffe://<trust-domain>/ns/<tenant>/user/<name>
 """
 
 from __future__ import annotations

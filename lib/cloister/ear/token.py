@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Issue and verify attestation results as signed tokens (JWS, ES256).
+
+`verify`, in this order: size and form -> header (exactly alg, kid, typ; ES256 only; no key or URL of the sender's)
+-> kid in the given keys -> signature -> strict JSON -> shape -> issuer, audience -> iat, nbf, exp, lifetime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from cloister.ear.members import Members, TokenRejected, b64, digest_text, parse_object, unb64
+from cloister.ear.shape import read_claims
+from cloister.ear.values import ALGORITHM, MAX_LIFETIME, PROFILE, TYPE, Ear
+
+MAX_TOKEN_CHARS: Final = 16 * 1024  # a token with 64 data sets has about 9,000
+
+
+def public_jwk(key: ec.EllipticCurvePublicKey) -> dict[str, str]:
+    """Return a P-256 public key as JWK; `kid` is its thumbprint (RFC 7638)."""
+    numbers = key.public_numbers()
+    jwk = {
+        "crv": "P-256",
+        "kty": "EC",
+        "x": b64(numbers.x.to_bytes(32, "big")),
+        "y": b64(numbers.y.to_bytes(32, "big")),
+    }
+    thumbprint = hashlib.sha256(json.dumps(jwk, sort_keys=True, separators=(",", ":")).encode()).digest()
+    return {**jwk, "alg": ALGORITHM, "use": "sig", "kid": b64(thumbprint)}
+
+
+def issue(ear: Ear, *, key: ec.EllipticCurvePrivateKey, key_id: str) -> str:
+    """Return the signed token; ValueError when its lifetime is longer than five minutes or not positive."""
+    issued, expires = int(ear.issued_at.timestamp()), int(ear.expires_at.timestamp())
+    if not 0 < expires - issued <= MAX_LIFETIME.total_seconds():
+        raise ValueError("an attestation result lives for 1 second to 5 minutes")
+    payload = json.dumps(_claims(ear, issued, expires), separators=(",", ":"), sort_keys=True).encode()
+    return jwt.PyJWS().encode(payload, key, algorithm=ALGORITHM, headers={"typ": TYPE, "kid": key_id})
+
+
+def _claims(ear: Ear, issued: int, expires: int) -> dict[str, Any]:
+    tee, workload = ear.tee, ear.workload
+    vector = {name: int(value) for name, value in ear.trustworthiness.items()}
+    common = {"ear_status": ear.status, "ear_appraisal_policy_ids": [digest_text(ear.policy_digest)]}
+    return {
+        "eat_profile": PROFILE,
+        "iss": ear.issuer,
+        "aud": ear.audience,
+        "sub": ear.spiffe_id,
+        "iat": issued,
+        "nbf": issued,
+        "exp": expires,
+        "jti": ear.token_id,
+        "eat_nonce": list(ear.nonces),
+        "cnf": {"x5t#S256": b64(ear.certificate_sha256)},
+        "ear_verifier_id": {"build": ear.verifier_id, "developer": "https://cloister.dev"},
+        "cloister_hpke_key": digest_text(ear.hpke_key_digest),
+        "cloister_inputs": {name: digest_text(value) for name, value in ear.inputs.items()},
+        "submods": {
+            "cpu0": {
+                **common,
+                "ear_trustworthiness_vector": vector,
+                "cloister_tdx": {
+                    "mr_td": tee.mr_td.hex(),
+                    "mr_seam": tee.mr_seam.hex(),
+                    "rtmrs": [rtmr.hex() for rtmr in tee.rtmrs],
+                    "debug": tee.debug,
+                    "simulated": tee.simulated,
+                    "fmspc": tee.fmspc.hex(),
+                    "piid": tee.piid.hex(),
+                    "tcb_status": tee.tcb_status,
+                    "tcb_date": tee.tcb_date,
+                    "advisories": list(tee.advisories),
+                },
+            },
+            "workload0": {
+                **common,
+                "cloister_workload": {
+                    "role": str(workload.role),
+                    "environment": digest_text(workload.environment),
+                    "trust_bundle": digest_text(workload.trust_bundle),
+                    "script": digest_text(workload.script),
+                    "config": digest_text(workload.config),
+                    "datasets": [digest_text(digest) for digest in workload.datasets],
+                    "tenant": workload.tenant,
+                    "job": workload.job,
+                    "rank": workload.rank,
+                    "world_size": workload.world_size,
+                    "model": workload.model,
+                    "backend": workload.backend,
+                },
+            },
+        },
+    }
+
+
+def verify(
+    token: str, *, keys: Sequence[Mapping[str, str]], issuer: str, audience: str, now: datetime, leeway_s: int = 30
+) -> Ear:
+    """Return what an authentic, current token for this audience says; raise TokenRejected for anything else.
+
+    `keys` are the token keys of the trust bundle (JWKs with `kid`). The caller still compares
+    `certificate_sha256` with its peer's certificate, `hpke_key_digest` with the key it seals to, and `nonces`.
+    """
+    header = _header(token)
+    payload = _signed_payload(token, _key_of(header["kid"], keys))
+    ear, not_before = read_claims(Members("payload", parse_object(payload, "payload")))
+    if ear.issuer != issuer:
+        raise TokenRejected("iss", f"issued by {ear.issuer}, not by {issuer}")
+    if ear.audience != audience:
+        raise TokenRejected("aud", f"meant for {ear.audience}, not for {audience}")
+    leeway = timedelta(seconds=leeway_s)
+    if ear.issued_at > now + leeway:
+        raise TokenRejected("iat", f"issued at {ear.issued_at.isoformat()}, which has not come yet")
+    if not_before > now + leeway:
+        raise TokenRejected("nbf", f"not valid before {not_before.isoformat()}")
+    if ear.expires_at <= now - leeway:
+        raise TokenRejected("exp", f"expired at {ear.expires_at.isoformat()}")
+    if not timedelta() < ear.expires_at - ear.issued_at <= MAX_LIFETIME:
+        raise TokenRejected("lifetime", f"lives for {ear.expires_at - ear.issued_at}, more than {MAX_LIFETIME}")
+    return ear
+
+
+def _header(token: str) -> dict[str, str]:
+    if len(token) > MAX_TOKEN_CHARS:
+        raise TokenRejected("size", f"{len(token)} characters, more than {MAX_TOKEN_CHARS}")
+    parts = token.split(".")
+    if len(parts) != 3:
+        raise TokenRejected("form", "a signed token has three parts")
+    for part in parts:
+        # Only the canonical encoding: otherwise one token would have many digests.
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", part, re.ASCII) or b64(unb64(part)) != part:
+            raise TokenRejected("form", "not canonical base64url")
+    header = parse_object(unb64(parts[0]), "header")
+    # `jwk`, `jku`, `x5c`, `x5u` would let the sender name the key, `crit` and `b64` change what is signed.
+    if set(header) != {"alg", "kid", "typ"}:
+        raise TokenRejected("header", f"members {sorted(header)}, wanted exactly alg, kid, typ")
+    if header["alg"] != ALGORITHM:
+        raise TokenRejected("alg", f"{header['alg']!r}, only {ALGORITHM} is accepted")
+    if header["typ"] != TYPE:
+        raise TokenRejected("typ", f"{header['typ']!r}, not {TYPE}")
+    if not isinstance(header["kid"], str):
+        raise TokenRejected("kid", "not text")
+    return header
+
+
+def _key_of(kid: str, keys: Sequence[Mapping[str, str]]) -> ec.EllipticCurvePublicKey:
+    for jwk in keys:
+        if jwk.get("kid") != kid:
+            continue
+        if (jwk.get("kty"), jwk.get("crv")) != ("EC", "P-256"):
+            raise TokenRejected("kid", "the key of this id is not a P-256 key")
+        try:
+            x, y = (int.from_bytes(unb64(jwk[name]), "big") for name in ("x", "y"))
+            return ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1()).public_key()
+        except (KeyError, ValueError):
+            raise TokenRejected("kid", "the key of this id is malformed") from None
+    raise TokenRejected("kid", "signed by a key that is not in the trust bundle")
+
+
+def _signed_payload(token: str, key: ec.EllipticCurvePublicKey) -> bytes:
+    try:
+        payload = jwt.PyJWS().decode(token, key, algorithms=[ALGORITHM])
+    except jwt.PyJWTError:
+        raise TokenRejected("signature", "does not verify under the key of its kid") from None
+    return bytes(payload)

@@ -25,8 +25,8 @@ TRAINER = "cloister/api/trainer/v1/trainer.proto"
 def buf() -> Path:
     if not BUF.exists():
         if os.environ.get("CI") == "true":
-            pytest.fail("buf is missing: run `npm ci` in tests/contract")
-        pytest.skip("buf is missing (needs node): run `npm ci` in tests/contract")
+            pytest.fail("buf is missing: run `make node`")
+        pytest.skip("buf is missing (needs node): run `make node`")
     return BUF
 
 

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a sealed directory: a manifest that binds names, sizes, contents and version, and one sealed file per file."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from cloister.atomicfile import AtomicFile, file_error
+from cloister.errors import CloisterError, Code
+from cloister.sealed.datakey import DataKey
+from cloister.sealed.format import SUFFIX, Header, invalid
+from cloister.sealed.manifest import MANIFEST_NAME, FileEntry, Manifest, manifest_invalid, read_manifest
+from cloister.sealed.sealing import MARKER_NAME, Progress, SealedDirectoryWriter, seal_directory, walk
+from cloister.sealed.stream import SealedReader
+
+__all__ = ["Peek", "Progress", "SealedDirectory", "SealedDirectoryWriter", "open_directory", "seal_directory"]
+
+_COPY_SIZE: Final = 1024 * 1024
+
+
+class Peek(NamedTuple):
+    """What can be known of a sealed directory without a key. Claims: nothing of it is authenticated yet."""
+
+    manifest_digest: bytes  # SHA-384, 48 bytes; of the bytes as they lie there
+    key_uri: str
+    key_version: int
+    wrapped: bytes
+
+
+class SealedDirectory:
+    """A sealed directory whose manifest is authentic and whose files are the listed ones, neither more nor fewer.
+
+    Each file's content is checked when it is opened and read. Safe for several threads; its readers are not.
+    """
+
+    def __init__(self, path: Path, *, manifest: Manifest, data_key: DataKey) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._data_key = data_key
+        self._entries = {entry.path: entry for entry in manifest.files}
+
+    @classmethod
+    def peek(cls, path: Path) -> Peek:
+        """Read which key opens a directory, for whoever has to ask for that key first.
+
+        Raises CloisterError: NOT_SEALED, MANIFEST_INVALID, SEALED_DIRECTORY_MISMATCH or SEALED_FILE_INVALID.
+        """
+        data = read_manifest(path)
+        manifest = Manifest.parse(data, name=str(path / MANIFEST_NAME))
+        first = manifest.files[0].path
+        name = str(path / (first + SUFFIX))
+        try:
+            with (path / (first + SUFFIX)).open("rb") as file:
+                header = Header.read(file, name=name)
+        except FileNotFoundError:
+            raise _mismatch(path, f"{first} is missing") from None
+        except OSError as error:
+            raise file_error(error, what=f"cannot read {name}") from error
+        if header.key_uri != manifest.key_uri:
+            raise _mismatch(path, f"{first} is under another key than the manifest says")
+        return Peek(manifest.digest, header.key_uri, header.key_version, header.wrapped)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        data_key: DataKey,
+        manifest_digest: bytes | None = None,
+        beside: Iterable[str] = (),
+    ) -> SealedDirectory:
+        """Check the manifest, and the directory against it.
+
+        `manifest_digest`, when given, is the only one accepted: what was measured is what is read. `beside` names
+        plain files that are expected there too (a name that ends in '/' stands for all below it); every other file
+        that the manifest does not list is refused.
+        """
+        name = str(path / MANIFEST_NAME)
+        manifest = Manifest.parse(read_manifest(path), name=name)
+        if data_key.key_uri != manifest.key_uri:
+            raise manifest_invalid(name, f"it is under {manifest.key_uri}, not under {data_key.key_uri}")
+        manifest.verify(data_key.secret, name=name)
+        if manifest_digest is not None and not hmac.compare_digest(manifest.digest, manifest_digest):
+            raise _mismatch(path, "its manifest is authentic, but not the one asked for: another version of the data")
+        directory = cls(path, manifest=manifest, data_key=data_key)
+        directory._check_listing(frozenset(beside))
+        return directory
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths of the files, sorted."""
+        return tuple(self._entries)
+
+    def entry(self, name: str) -> FileEntry:
+        """Return what the manifest says of a file; raise FILE_NOT_FOUND for one it does not list."""
+        entry = self._entries.get(name)
+        if entry is None:
+            listed = ", ".join(list(self._entries)[:10])
+            raise CloisterError(
+                Code.FILE_NOT_FOUND,
+                what=f"{name} is not in the sealed directory {self.path}",
+                why=f"its manifest lists {listed}" + (" and more" if len(self._entries) > 10 else ""),
+                todo="name one of these, or seal the data with the file in it",
+            )
+        return entry
+
+    def open_file(self, name: str) -> SealedReader:
+        """Open a file for reading and check that it is the one the manifest lists."""
+        entry = self.entry(name)
+        shown = str(self.path / (name + SUFFIX))
+        reader = SealedReader(self.path / (name + SUFFIX), data_key=self._data_key, name=shown)
+        try:
+            if reader.header.associated.dataset != self.manifest.dataset or reader.header.associated.path != name:
+                raise invalid(shown, f"it was sealed as {reader.header.associated.path} and was renamed or swapped")
+            if FileEntry.of(reader) != entry:
+                raise invalid(shown, "it is authentic but not the file of this manifest: an older or a newer version")
+        except CloisterError:
+            reader.close()
+            raise
+        return reader
+
+    def read(self, name: str) -> bytes:
+        """Return a file's whole content."""
+        with self.open_file(name) as file:
+            return file.readall()
+
+    def verify(self, *, progress: Progress | None = None) -> None:
+        """Read every segment of every file; raise for the first that is not authentic."""
+        for _ in self._pieces(progress):
+            pass
+
+    def extract(self, out: Path, *, progress: Progress | None = None) -> None:
+        """Write all files in the clear below `out`, which must be empty or absent. For the owner's own machine."""
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if any(out.iterdir()):
+                raise CloisterError(
+                    Code.FILE_EXISTS,
+                    what=f"{out} is not empty",
+                    why="opening does not overwrite files",
+                    todo="name a directory that is empty or does not exist",
+                )
+            target: AtomicFile | None = None
+            try:
+                for entry, piece in self._pieces(progress):
+                    if piece is None:
+                        place = out / entry.path
+                        place.parent.mkdir(parents=True, exist_ok=True)
+                        target = AtomicFile(place)
+                    elif target and piece:
+                        target.write(piece)
+                    elif target:
+                        target.commit()
+            finally:
+                if target:
+                    target.discard()
+        except OSError as error:
+            raise file_error(error, what=f"cannot write below {out}") from error
+
+    def _pieces(self, progress: Progress | None) -> Iterator[tuple[FileEntry, memoryview | None]]:
+        """Yield, for each file, None, then its content in pieces, then an empty piece."""
+        buffer = memoryview(bytearray(_COPY_SIZE))
+        total, done = self.manifest.size, 0
+        for entry in self.manifest.files:
+            yield entry, None
+            with self.open_file(entry.path) as file:
+                while count := file.readinto(buffer):
+                    yield entry, buffer[:count]
+                    done += count
+                    if progress:
+                        progress(done, total, entry.path)
+            yield entry, buffer[:0]
+            if progress:
+                progress(done, total, entry.path)
+
+    def _check_listing(self, beside: frozenset[str]) -> None:
+        expected = {entry.path + SUFFIX for entry in self.manifest.files}
+        folders = tuple(name for name in beside if name.endswith("/"))
+        try:
+            for name, regular in walk(self.path):
+                if name in expected:
+                    if not regular:
+                        raise _mismatch(self.path, f"{name} is not a regular file")
+                    expected.remove(name)
+                elif name not in {MANIFEST_NAME, MARKER_NAME} | beside and not name.startswith(folders):
+                    raise _mismatch(self.path, f"{name} was added: the manifest does not list it")
+        except OSError as error:
+            raise file_error(error, what=f"cannot list {self.path}") from error
+        if expected:
+            missing = min(expected).removesuffix(SUFFIX)
+            raise _mismatch(self.path, f"{missing} is missing: it was removed or renamed")
+
+
+def open_directory(source: Path, out: Path, *, data_key: DataKey, progress: Progress | None = None) -> Manifest:
+    """Verify a sealed directory and write it in the clear below `out`; return its manifest."""
+    directory = SealedDirectory.open(source, data_key=data_key)
+    directory.extract(out, progress=progress)
+    return directory.manifest
+
+
+def _mismatch(path: Path, why: str) -> CloisterError:
+    return CloisterError(
+        Code.SEALED_DIRECTORY_MISMATCH,
+        what=f"{path} does not hold what its manifest says",
+        why=why,
+        todo="fetch the directory again from where it was sealed, or seal the data anew",
+    )

@@ -140,6 +140,7 @@ class Code(enum.Enum):
     CORES_INSUFFICIENT = CodeInfo(1505, Kind.EXHAUSTED, "there are not enough cores to pin what was asked for")
     RANK_FAILED = CodeInfo(1506, Kind.INTERNAL, "a rank ended with an error")
     CHECKPOINT_FAILED = CodeInfo(1507, Kind.EXHAUSTED, "a checkpoint could not be written; the previous one is whole")
+    PEER_LOST = CodeInfo(1508, Kind.UNAVAILABLE, "another rank of the job went away in the middle of a step")
     # 1600: serving
     MODEL_NOT_FOUND = CodeInfo(1601, Kind.NOT_FOUND, "no such model of yours")
     MODEL_EXISTS = CodeInfo(1602, Kind.EXISTS, "a model of this name is deployed")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from cloister.errors import CloisterError, Code
 from cloister_serving.worker import WorkerLimits
 from fakes.serving_harness import StartedWorker, running_worker

@@ -9,9 +9,10 @@ import threading
 from typing import Any
 
 import pytest
-from cloister_serving import otf
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cloister_serving import otf
 
 
 def _as_torchserve_reads(message: bytes) -> tuple[bytes, Any]:

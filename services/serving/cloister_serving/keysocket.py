@@ -50,7 +50,7 @@ class KeySocket:
         self._socket.listen(8)
 
     async def hand_out(
-        self, worker: ProcessIdentity, message: SecretBytes, *, on_denied: Callable[[int], None] = lambda pid: None
+        self, worker: ProcessIdentity, message: SecretBytes, *, on_denied: Callable[[int], None] | None = None
     ) -> None:
         """Give the message to the worker and close; returns once it was sent, and never sends it twice."""
         loop = asyncio.get_running_loop()
@@ -61,7 +61,8 @@ class KeySocket:
                     if self._is(worker, connection):
                         await loop.sock_sendall(connection, message.reveal())
                         return
-                    on_denied(_peer(connection)[0])
+                    if on_denied is not None:
+                        on_denied(_peer(connection)[0])
                     await self._deny(connection)
         finally:
             self.close()

@@ -35,7 +35,7 @@ class WorkerLimits:
 class _Connection(asyncio.Protocol):
     """Bytes of one connection to replies; hands each to the one future that waits."""
 
-    def __init__(self, limits: otf.OtfLimits, on_down: Callable[[str], None]) -> None:
+    def __init__(self, limits: otf.OtfLimits, on_down: Callable[[str], None] | None) -> None:
         self._limits = limits
         self._on_down = on_down
         self._buffer = bytearray()
@@ -44,7 +44,7 @@ class _Connection(asyncio.Protocol):
         self.down_reason = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101  (a stream transport, for mypy)
+        assert isinstance(transport, asyncio.Transport)
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
@@ -64,7 +64,7 @@ class _Connection(asyncio.Protocol):
         waiting, self._waiting = self._waiting, None
         waiting.set_result(reply)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _exc: Exception | None) -> None:
         self.abort("the worker ended")
 
     def abort(self, reason: str) -> None:
@@ -77,7 +77,8 @@ class _Connection(asyncio.Protocol):
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
             waiting.set_exception(_down(reason))
-        self._on_down(reason)
+        if self._on_down is not None:
+            self._on_down(reason)
 
     def ask(self, message: bytes) -> asyncio.Future[otf.Reply]:
         """Send a message and return the future of its reply; the caller holds the turn."""
@@ -94,7 +95,7 @@ class _Connection(asyncio.Protocol):
 class Worker:
     """A connected worker. Times are those of the running event loop."""
 
-    def __init__(self, limits: WorkerLimits, on_down: Callable[[str], None]) -> None:
+    def __init__(self, limits: WorkerLimits, on_down: Callable[[str], None] | None) -> None:
         self._limits = limits
         self._connection = _Connection(limits.reply, on_down)
         self._turn = asyncio.Lock()
@@ -107,7 +108,7 @@ class Worker:
         socket_name: str,
         *,
         timeout_s: float,
-        on_down: Callable[[str], None] = lambda reason: None,
+        on_down: Callable[[str], None] | None = None,
         limits: WorkerLimits | None = None,
     ) -> Worker:
         """Connect as soon as the worker listens on the socket in the directory.
@@ -212,7 +213,8 @@ class Worker:
             raise
         # The turn ends with the reply, not with the caller: a caller that leaves must not let a second batch in.
         watchdog = loop.call_later(self._limits.hang_s, self.abort, f"a prediction ran for {self._limits.hang_s:g} s")
-        reply.add_done_callback(lambda _: (watchdog.cancel(), self._turn.release()))
+        reply.add_done_callback(lambda _: watchdog.cancel())
+        reply.add_done_callback(lambda _: self._turn.release())
         await asyncio.wait({reply}, timeout=max(0.0, deadline - loop.time()))
         if not reply.done():
             raise _expired("it was running; its answer is dropped")

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a simulated platform: python -m cloister_sim --directory DIR --socket PATH [--lifeline-fd N]."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+from cloister.errors import EXIT_CODE, CloisterError, Code
+from cloister_sim.platform import SimulatedPlatform
+from cloister_sim.server import SimulatorServer
+
+
+async def run(directory: Path, path: Path, lifeline_fd: int | None) -> None:
+    """Serve until SIGTERM, SIGINT, or the other end of the lifeline closes."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if lifeline_fd is not None:
+        _watch(lifeline_fd, stop)
+    server = SimulatorServer(SimulatedPlatform.create(directory), path)
+    await server.start()
+    sys.stdout.write(f"simulated platform ready on {path}\n")
+    sys.stdout.flush()
+    try:
+        await stop.wait()
+    finally:
+        await server.stop()
+
+
+def _watch(descriptor: int, stop: asyncio.Event) -> None:
+    """Set `stop` when the pipe that the parent holds ends."""
+
+    def readable() -> None:
+        if not os.read(descriptor, 1024):
+            asyncio.get_running_loop().remove_reader(descriptor)
+            stop.set()
+
+    try:
+        asyncio.get_running_loop().add_reader(descriptor, readable)
+    except OSError as error:
+        raise CloisterError(
+            Code.ARGUMENT_INVALID,
+            what=f"--lifeline-fd {descriptor} cannot be watched",
+            why=error.strerror or str(error),
+            todo="pass the read end of an open pipe",
+        ) from error
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m cloister_sim", description=__doc__)
+    parser.add_argument("--directory", type=Path, required=True, help="keys and certificates; made at the first start")
+    parser.add_argument("--socket", type=Path, required=True, help="Unix socket to serve")
+    parser.add_argument("--lifeline-fd", type=int, help="end when this pipe does")
+    arguments = parser.parse_args()
+    try:
+        asyncio.run(run(arguments.directory, arguments.socket, arguments.lifeline_fd))
+    except CloisterError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_CODE[error.kind]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

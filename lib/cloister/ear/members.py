@@ -103,8 +103,10 @@ class Members:
             raise self._bad(name, f"not a list of at most {limit} texts")
         return tuple(value)
 
-    def hex(self, name: str, size: int) -> bytes:
-        return self._unhex(name, self.text(name), size)
+    def hex(self, name: str, *sizes: int) -> bytes:
+        """Take bytes in hexadecimal, of one of these sizes."""
+        text = self.text(name)
+        return self._unhex(name, text, len(text) // 2 if len(text) // 2 in sizes else sizes[0])
 
     def hexes(self, name: str, size: int, limit: int) -> tuple[bytes, ...]:
         return tuple(self._unhex(name, text, size) for text in self.texts(name, limit))

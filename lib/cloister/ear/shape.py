@@ -81,7 +81,7 @@ def _tee(tdx: Members) -> TeeClaims:
         debug=tdx.flag("debug"),
         simulated=tdx.flag("simulated"),
         fmspc=tdx.hex("fmspc", 6),
-        piid=tdx.hex("piid", 16),
+        piid=tdx.hex("piid", 16, 0),
         tcb_status=tdx.optional_text("tcb_status"),
         tcb_date=tdx.optional_text("tcb_date"),
         advisories=tdx.texts("advisories", 64),

@@ -42,7 +42,7 @@ class TeeClaims:
     debug: bool
     simulated: bool
     fmspc: bytes  # 6 bytes
-    piid: bytes  # platform instance id, 16 bytes
+    piid: bytes  # platform instance id, 16 bytes; empty when the platform has none
     tcb_status: str | None = None  # None: TCB was not evaluated
     tcb_date: str | None = None  # ISO date of the TCB level
     advisories: tuple[str, ...] = ()

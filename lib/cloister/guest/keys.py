@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a TD gets a data key (release protocol, C).
+
+1. Begin: the broker's nonce, policy, and whether the evidence at hand is fresh enough
+2. if not: evidence over that nonce, a new attestation result, and with it a new certificate
+3. Release, over a channel that shows exactly the certificate the result is bound to
+4. check every echoed field, the receipt and its key; open the key
+5. record the key in RTMR3, so that later quotes prove which keys this TD ever held
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import Final
+
+from cloister.api.keybroker.v1 import keybroker_pb2, keybroker_pb2_grpc
+from cloister.errors import CloisterError, Code
+from cloister.guest.enrol import Attested, Identity
+from cloister.guest.receipt import fetch_receipt_key, open_answer, refuse
+from cloister.hpke import KEM_MLKEM768_X25519
+from cloister.identity import Role, SpiffeId
+from cloister.keyuri import KeyUri
+from cloister.protocol import NONCE_SIZE, ReleaseBinding
+from cloister.runtime.channel import SwappingChannel, invoke, open_channel
+from cloister.runtime.credentials import StaticCredentials
+from cloister.sealed.datakey import DataKey
+from cloister.tlv import sha384
+
+_CALL_TIMEOUT_S: Final = 20.0
+PURPOSES: Final = {
+    "train": keybroker_pb2.PURPOSE_TRAIN,
+    "serve": keybroker_pb2.PURPOSE_SERVE,
+    "evaluate": keybroker_pb2.PURPOSE_EVALUATE,
+}
+
+
+class KeyClient:
+    """Data keys for one TD. Several releases may run at once."""
+
+    def __init__(
+        self, identity: Identity, keybroker_endpoint: str, *, expected_receipt_spki: bytes | None = None
+    ) -> None:
+        """Pin the broker's receipt key when it is known beforehand; otherwise the broker's evidence names it."""
+        self._identity = identity
+        self._endpoint = keybroker_endpoint
+        self._pinned = expected_receipt_spki is not None
+        self._receipt_spki = expected_receipt_spki
+
+    async def release(self, key_uri: str, purpose: str, *, wrapped: bytes | None, key_version: int = 0) -> DataKey:
+        """Return the data key that `wrapped` holds, or, with None, a new one; purposes are those of PURPOSES.
+
+        `key_version` is that of the header of the sealed object; 0, for a new data key only, is the newest.
+        Raises CloisterError: the broker's refusal, or RECEIPT_INVALID when its answer does not hold.
+        """
+        uri = str(KeyUri.parse(key_uri))
+        if purpose not in PURPOSES or (wrapped is not None and not (wrapped and key_version > 0)):
+            raise CloisterError(
+                Code.ARGUMENT_INVALID,
+                what=f"no key can be asked for like this (purpose {purpose!r}, version {key_version})",
+                why=f"purposes are {', '.join(PURPOSES)}; a wrapped data key comes with its key version",
+                todo="take wrapped key and version from the header of the sealed object",
+            )
+        attested = await self._identity.attested()
+        async with self._channel_of(attested) as channel:
+            begin = await self._begin(channel, uri, purpose, attested)
+            if begin.fresh_enough:
+                return await self._release(channel, attested, begin, uri, purpose, wrapped, key_version)
+        attested = await self._identity.attested(begin.nonce)
+        async with self._channel_of(attested) as channel:
+            return await self._release(channel, attested, begin, uri, purpose, wrapped, key_version)
+
+    def _channel_of(self, attested: Attested) -> SwappingChannel:
+        """Open a channel of its own for one enrolment: a renewal meanwhile cannot change its certificate."""
+        return open_channel(self._endpoint, role=Role.KEYBROKER, credentials=StaticCredentials(attested.material))
+
+    async def _begin(
+        self, channel: SwappingChannel, uri: str, purpose: str, attested: Attested
+    ) -> keybroker_pb2.BeginReleaseResponse:
+        request = keybroker_pb2.BeginReleaseRequest(
+            key_uri=uri, purpose=PURPOSES[purpose], attestation_result=attested.attestation_result
+        )
+        method = keybroker_pb2_grpc.KeyReleaseServiceStub(channel).BeginRelease
+        begin: keybroker_pb2.BeginReleaseResponse = await invoke(
+            method, request, timeout_s=_CALL_TIMEOUT_S, what=f"ask for the key {uri}"
+        )
+        if len(begin.nonce) != NONCE_SIZE or KEM_MLKEM768_X25519 not in begin.hpke_kem_ids:
+            refuse("it offers no nonce, or no way of sealing that this TD can open")
+        return begin
+
+    async def _release(
+        self,
+        channel: SwappingChannel,
+        attested: Attested,
+        begin: keybroker_pb2.BeginReleaseResponse,
+        uri: str,
+        purpose: str,
+        wrapped: bytes | None,
+        key_version: int,
+    ) -> DataKey:
+        recipient = self._identity.guest.keys.hpke
+        client_nonce = secrets.token_bytes(NONCE_SIZE)
+        request = keybroker_pb2.ReleaseRequest(
+            attestation_result=attested.attestation_result,
+            key_uri=uri,
+            key_version=key_version,
+            purpose=PURPOSES[purpose],
+            client_nonce=client_nonce,
+            broker_nonce=begin.nonce,
+            hpke_kem_id=KEM_MLKEM768_X25519,
+            hpke_public_key=recipient.public_bytes,
+        )
+        if wrapped is None:
+            request.generate.SetInParent()
+        else:
+            request.wrapped = wrapped
+        method = keybroker_pb2_grpc.KeyReleaseServiceStub(channel).Release
+        response: keybroker_pb2.ReleaseResponse = await invoke(
+            method, request, timeout_s=_CALL_TIMEOUT_S, what=f"get the key {uri}"
+        )
+        if (response.policy_version, response.policy_digest) != (begin.policy_version, begin.policy_digest):
+            refuse("the policy changed between question and answer")
+        answer = response.data_key
+        if key_version and answer.key_version != key_version:
+            refuse("the answer is under another version of the key than the one asked for")
+        binding = ReleaseBinding(
+            key_uri=uri,
+            key_version=answer.key_version,
+            purpose=purpose,
+            policy_digest=begin.policy_digest,
+            evidence_digest=sha384(attested.attestation_result.encode("ascii")),
+            client_nonce=client_nonce,
+            broker_nonce=begin.nonce,
+            broker_id=str(SpiffeId.service(attested.material.spiffe_id.trust_domain, Role.KEYBROKER)),
+            wrapped_digest=sha384(answer.wrapped if wrapped is None else wrapped),
+        )
+        received = open_answer(
+            answer,
+            response.receipt,
+            binding=binding,
+            recipient=recipient,
+            receipt_spki_der=await self._receipt_key(channel, attested, response.receipt.receipt_spki_der),
+        )
+        # Before the key is used: a TD that cannot record it must not have it.
+        await asyncio.to_thread(self._identity.guest.record_key, uri, answer.key_version, received.receipt_digest)
+        return received.data_key
+
+    async def _receipt_key(self, channel: SwappingChannel, attested: Attested, claimed: bytes) -> bytes:
+        """Return the broker's receipt key; ask again when the broker claims another (it has one per process life)."""
+        known = self._receipt_spki
+        if known is not None and (self._pinned or known == claimed):
+            return known
+        self._receipt_spki = await fetch_receipt_key(channel, caller=attested.material.spiffe_id)
+        return self._receipt_spki

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a service becomes one: measure itself, seal, enrol."""
+
+from __future__ import annotations
+
+import asyncio
+
+from cloister.errors import CloisterError, Code
+from cloister.guest.enrol import Identity
+from cloister.guest.guest import Guest
+from cloister.guest.measure import digest_of_environment, digest_of_package, read_measured
+from cloister.identity import Role
+from cloister.runtime.bundle import TrustBundle
+from cloister.runtime.config import GuestSection, ServiceSection
+from cloister.tdx import workload
+from cloister.tlv import sha384
+
+
+def measure_service(guest: Guest, *, bundle: TrustBundle, package: str, config_bytes: bytes, role: Role) -> None:
+    """Measure a service into RTMR3 and seal it; blocks while it reads the package and the environment."""
+    guest.measure(workload.ENVIRONMENT, digest_of_environment())
+    guest.measure(workload.TRUST_BUNDLE, bundle.digest)
+    guest.measure(workload.SCRIPT, digest_of_package(package))
+    guest.measure(workload.CONFIG, sha384(config_bytes))
+    guest.seal(role)
+
+
+async def enrol_service(
+    guest_section: GuestSection, service_section: ServiceSection, *, role: Role, package: str, config_bytes: bytes
+) -> Identity:
+    """Open the platform, measure, seal and enrol; the identity renews itself until `aclose`.
+
+    `package` is the service's own ("cloister_keybroker"), `config_bytes` its configuration file as read.
+    Raises CloisterError: the platform's, the bundle's or attest's.
+    """
+    bundle = TrustBundle.parse(read_measured(guest_section.trust_bundle).data)
+    if bundle.trust_domain != service_section.trust_domain:
+        raise CloisterError(
+            Code.CONFIG_INVALID,
+            what="service.trust_domain is not that of the trust bundle",
+            why=f"{service_section.trust_domain} is configured, the bundle is of {bundle.trust_domain}",
+            todo="correct service.trust_domain or guest.trust_bundle",
+        )
+    guest = await asyncio.to_thread(Guest.open, guest_section.provider)
+    try:
+        await asyncio.to_thread(
+            measure_service, guest, bundle=bundle, package=package, config_bytes=config_bytes, role=role
+        )
+        identity = await Identity.enrol(guest, attest_endpoint=guest_section.attest_endpoint, bundle=bundle)
+    except BaseException:
+        guest.close()
+        raise
+    identity.start_renewal()
+    return identity

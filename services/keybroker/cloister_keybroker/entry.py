@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One entry of the decision log: what was asked, who asked, what was decided and on what grounds.
+
+The encoding (TLV, never JSON) is what the Merkle leaf hashes; reading gives back exactly what was written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from cloister.tlv import parse_tlv, tlv
+from cloister_keybroker.release import Block
+
+_LABEL: Final = "cloister-log-entry-v1"
+_FIELDS: Final = 17
+MAX_BLOCKS: Final = 64
+
+
+class EntryInvalid(Exception):
+    """Bytes that are not a log entry."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A decision or a change of a key. Digests are 48 bytes, or empty where there is nothing to digest."""
+
+    action: str  # "begin", "release", "generate", "open", "create-key", "put-policy", "enable", "disable"
+    tenant: str  # of the caller: a denial for someone else's key is no news to its owner
+    key_uri: str
+    caller: str  # SPIFFE id
+    granted: bool
+    blocks: tuple[Block, ...]
+    key_version: int = 0
+    purpose: str = ""
+    job: str = ""  # what max_per_job counts for
+    channel: str = ""  # TLS version and key-exchange group
+    policy_digest: bytes = b""
+    evidence_digest: bytes = b""  # SHA-384 of the token, or of the owner's certificate
+    wrapped_digest: bytes = b""  # SHA-384 of the wrapped data key
+    record_digest: bytes = b""  # of the key's record after a change
+    request_id: str = ""
+
+    def to_bytes(self, *, index: int, time_ms: int) -> bytes:
+        """Return the entry as it stands at this place of the log."""
+        blocks = tlv("blocks", *(tlv("block", b.name, int(b.ok), b.wanted, b.got) for b in self.blocks))
+        return tlv(
+            _LABEL,
+            index,
+            time_ms,
+            self.action,
+            self.tenant,
+            self.key_uri,
+            self.caller,
+            int(self.granted),
+            self.key_version,
+            self.purpose,
+            self.job,
+            self.channel,
+            self.policy_digest,
+            self.evidence_digest,
+            self.wrapped_digest,
+            self.record_digest,
+            self.request_id,
+            tlv("block-list", len(self.blocks), blocks),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedEntry:
+    """An entry with its place and time."""
+
+    index: int
+    time_ms: int  # Unix milliseconds
+    entry: Entry
+
+    @classmethod
+    def parse(cls, data: bytes) -> LoggedEntry:
+        """Decode what `to_bytes` encoded; raise EntryInvalid for anything else."""
+        try:
+            return cls._parse(data)
+        except ValueError:
+            raise EntryInvalid("not a log entry") from None
+
+    @classmethod
+    def _parse(cls, data: bytes) -> LoggedEntry:
+        fields = parse_tlv(data, label=_LABEL, fields=_FIELDS)
+        index, time_ms, key_version = (_number(fields[i]) for i in (0, 1, 7))
+        action, tenant, key_uri, caller = (field.decode() for field in fields[2:6])
+        purpose, job, channel = (field.decode() for field in fields[8:11])
+        entry = Entry(
+            action=action,
+            tenant=tenant,
+            key_uri=key_uri,
+            caller=caller,
+            granted=_flag(fields[6]),
+            blocks=_blocks(fields[16]),
+            key_version=key_version,
+            purpose=purpose,
+            job=job,
+            channel=channel,
+            policy_digest=fields[11],
+            evidence_digest=fields[12],
+            wrapped_digest=fields[13],
+            record_digest=fields[14],
+            request_id=fields[15].decode(),
+        )
+        return cls(index, time_ms, entry)
+
+
+def _blocks(data: bytes) -> tuple[Block, ...]:
+    count, listed = parse_tlv(data, label="block-list", fields=2)
+    if _number(count) > MAX_BLOCKS:
+        raise ValueError("too many blocks")
+    blocks = []
+    for block in parse_tlv(listed, label="blocks", fields=_number(count)):
+        name, ok, wanted, got = parse_tlv(block, label="block", fields=4)
+        blocks.append(Block(name.decode(), _flag(ok), wanted.decode(), got.decode()))
+    return tuple(blocks)
+
+
+def _number(field: bytes) -> int:
+    if len(field) != 8:
+        raise ValueError("a number has 8 bytes")
+    return int.from_bytes(field, "big")
+
+
+def _flag(field: bytes) -> bool:
+    number = _number(field)
+    if number > 1:
+        raise ValueError("a flag is 0 or 1")
+    return number == 1

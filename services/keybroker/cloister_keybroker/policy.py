@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Release policies: closed, typed YAML -> a frozen `ReleasePolicy`. Pure.
+
+A policy is an AND of blocks. An unknown key, a value that is not allowed and an empty list are load errors with path,
+line and what is allowed; a claim that a block asks for and a token lacks is a denial (release.py). What is left out
+is never a hole: simulated evidence, debug TDs and old evidence stay refused, and the blocks without which a policy
+would protect nothing (`tee`, `workload.script`) are required. docs/release-policy.md is the reference for owners.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date, timedelta
+from typing import Final
+
+from cloister.errors import CloisterError, Code
+from cloister.hpke import KEM_MLKEM768_X25519
+from cloister.identity import Role, SpiffeId, is_name
+from cloister.keyuri import KeyUri
+from cloister.strictyaml import Document, StrictYamlError, Value, load
+from cloister.tlv import sha384
+from cloister_keybroker.blocks import BlockReader, refuse
+from cloister_keybroker.keys import Purpose
+
+API_VERSION: Final = "cloister.dev/v1"
+KIND: Final = "ReleasePolicy"
+WRAPS: Final[Mapping[str, int]] = {"hpke-x25519-mlkem768": KEM_MLKEM768_X25519}
+# RTMR3 is not here: it grows with every key a TD receives; `workload` says what went into it.
+MEASUREMENTS: Final = ("mr_td", "mr_seam", "rtmr0", "rtmr1", "rtmr2")
+# Intel's TCB status names (Intel TDX DCAP Quoting Library API); Revoked can never be allowed.
+TCB_STATUSES: Final = (
+    "UpToDate",
+    "SWHardeningNeeded",
+    "ConfigurationNeeded",
+    "ConfigurationAndSWHardeningNeeded",
+    "OutOfDate",
+    "OutOfDateConfigurationNeeded",
+    "TDRelaunchAdvised",
+    "TDRelaunchAdvisedConfigurationNeeded",
+)
+SEALED_EVENT: Final = "cloister.workload.sealed"
+
+_MAX_AGE_DEFAULT: Final = timedelta(minutes=5)
+_LEASE_DEFAULT: Final = timedelta(hours=1)
+_MAX_VERSION: Final = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TcbRule:
+    """What the platform's TCB must be."""
+
+    statuses: tuple[str, ...]
+    min_date: date | None
+    advisories: tuple[str, ...] | None  # None: any; otherwise all that a platform may have open
+
+
+@dataclass(frozen=True, slots=True)
+class TeeRule:
+    """What the platform must be; a debug TD is refused by every policy."""
+
+    simulated: bool  # True: evidence of a simulated TD passes
+    tcb: TcbRule | None
+    collateral_max_age: timedelta | None
+    platforms: tuple[bytes, ...] | None  # PIIDs, 16 bytes each
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadRule:
+    """What the workload must have measured; digests are 48 bytes."""
+
+    script: tuple[bytes, ...]
+    config: tuple[bytes, ...] | None
+    datasets: tuple[bytes, ...] | None
+    sealed: bool  # nothing measured after the workload was sealed
+
+
+@dataclass(frozen=True, slots=True)
+class SpiffeGlob:
+    """A SPIFFE id in which `*` stands for one whole segment."""
+
+    segments: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> SpiffeGlob | None:
+        """Parse a pattern of ranks or backends; None when no rank or backend could ever match it."""
+        segments = tuple(text.split("/"))
+        example = "/".join("0" if segment == "*" else segment for segment in segments)
+        try:
+            role = SpiffeId.parse(example).role
+        except CloisterError:
+            return None
+        # A pattern such as spiffe://*/... would let the trust domain vary, and "0" is a domain.
+        return cls(segments) if role in (Role.RANK, Role.BACKEND) and segments[2] != "*" else None
+
+    def matches(self, spiffe_id: str) -> bool:
+        segments = spiffe_id.split("/")
+        return len(segments) == len(self.segments) and all(
+            pattern in ("*", segment) for pattern, segment in zip(self.segments, segments, strict=True)
+        )
+
+    def __str__(self) -> str:
+        return "/".join(self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasePolicy:
+    """A policy as it was put in force."""
+
+    name: str
+    version: int
+    previous: bytes  # digest of the policy before, 48 bytes; empty for version 1
+    owner: str  # SPIFFE id
+    key: KeyUri
+    min_key_version: int
+    purposes: tuple[Purpose, ...]
+    tee: TeeRule
+    measurements: Mapping[str, tuple[bytes, ...]]
+    workload: WorkloadRule
+    identities: tuple[SpiffeGlob, ...] | None
+    max_age: timedelta
+    broker_nonce: bool  # False: the verifier's nonce is fresh enough
+    kem_ids: tuple[int, ...]
+    max_per_job: int | None
+    lease: timedelta
+    digest: bytes  # 48 bytes
+
+
+def parse_policy(data: bytes) -> ReleasePolicy:
+    """Parse a release policy (YAML, at most 64 KiB); raise CloisterError(POLICY_INVALID) for anything else."""
+    try:
+        document = load(data)
+    except StrictYamlError as error:
+        raise CloisterError(
+            Code.POLICY_INVALID,
+            what=f"the release policy is not YAML of the accepted form: {error}",
+            why="the policy was not put in force",
+            todo="see docs/release-policy.md, section Form",
+        ) from None
+    return _policy(document)
+
+
+def digest_of(value: Value) -> bytes:
+    """Return SHA-384 of the RFC 8785 form of an all-strings document (48 bytes)."""
+    return sha384(canonical(value).encode())
+
+
+def canonical(value: Value) -> str:
+    """Return the RFC 8785 form: no spaces, members sorted by UTF-16 code units, ECMAScript's escapes.
+
+    For strings without lone surrogates Python's escapes are ECMAScript's.
+    """
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list):
+        return "[" + ",".join(canonical(item) for item in value) + "]"
+    members = sorted(value.items(), key=lambda member: member[0].encode("utf-16-be"))
+    return "{" + ",".join(f"{canonical(name)}:{canonical(item)}" for name, item in members) + "}"
+
+
+def digest_text(digest: bytes) -> str:
+    """Write a digest as policies do."""
+    return f"sha384:{digest.hex()}"
+
+
+def parse_digest(text: str) -> bytes | None:
+    """Read sha384:<96 hex digits>, lower case."""
+    found = re.fullmatch(r"sha384:([0-9a-f]{96})", text, re.ASCII)
+    return bytes.fromhex(found[1]) if found else None
+
+
+def _policy(document: Document) -> ReleasePolicy:
+    top = BlockReader(document, (), document.root)
+    top.choice("apiVersion", (API_VERSION,))
+    top.choice("kind", (KIND,))
+    metadata, spec = top.block("metadata"), top.block("spec")
+    top.end()
+    name = metadata.parsed("name", lambda text: text if is_name(text) else None, "a name of [a-z0-9-], 1 to 63 long")
+    version = metadata.number("version", 1, _MAX_VERSION)
+    owner = metadata.parsed("owner", _user, "the SPIFFE id of the user who owns the key")
+    previous = metadata.parsed("previous", parse_digest, _DIGEST) if metadata.has("previous") else b""
+    metadata.end()
+    if (version == 1) != (previous == b""):
+        todo = "leave it out of version 1; from version 2 on it is the digest of the policy before"
+        metadata.refuse("previous", f"does not fit version {version}", todo)
+    key, when, release = spec.block("key"), spec.block("when"), spec.optional("release")
+    spec.end()
+    uri = key.parsed("uri", _uri, "a key URI such as cloister-key://hospital-a/datasets/reviews")
+    if SpiffeId.parse(owner).tenant != uri.tenant:
+        refuse(document, ("metadata", "owner"), "is of another tenant than the key", f"name a user of {uri.tenant}")
+    versions = key.optional("versions")
+    min_key_version = versions.number("min", 1, _MAX_VERSION) if versions else 1
+    if versions:
+        versions.end()
+    purposes = key.choices("purposes", ("train", "serve", "evaluate"))
+    key.end()
+    tee, measurements = _tee(when.block("tee")), _measurements(when.optional("measurements"))
+    workload = _workload(when.block("workload"))
+    identities = _identities(when.optional("identity"))
+    max_age, broker_nonce = _evidence(when.optional("evidence"))
+    when.end()
+    kem_ids, max_per_job, lease = _release(release)
+    return ReleasePolicy(
+        name=name,
+        version=version,
+        previous=previous,
+        owner=owner,
+        key=uri,
+        min_key_version=min_key_version,
+        purposes=tuple(Purpose(purpose) for purpose in purposes),
+        tee=tee,
+        measurements=measurements,
+        workload=workload,
+        identities=identities,
+        max_age=max_age,
+        broker_nonce=broker_nonce,
+        kem_ids=kem_ids,
+        max_per_job=max_per_job,
+        lease=lease,
+        digest=digest_of(document.root),
+    )
+
+
+_DIGEST: Final = "sha384: and 96 hexadecimal digits in lower case"
+_REGISTER: Final = "96 hexadecimal digits in lower case"
+
+
+def _tee(block: BlockReader) -> TeeRule:
+    block.choice("type", ("tdx",))
+    block.choice("debug", ("deny",), default="deny")
+    simulated = block.choice("simulated", ("deny", "allow"), default="deny")
+    tcb = block.optional("tcb")
+    collateral, max_age = block.optional("collateral"), None
+    if collateral:
+        max_age = collateral.duration("max_age", timedelta(hours=1), timedelta(days=365))
+        collateral.choice("on_stale", ("deny",), default="deny")
+        collateral.end()
+    platforms, piids = block.optional("platforms"), None
+    if platforms:
+        piids = platforms.each("piid", lambda text: _hex(text, 16), "32 hexadecimal digits in lower case")
+        platforms.end()
+    block.end()
+    return TeeRule(simulated == "allow", _tcb(tcb) if tcb else None, max_age, piids)
+
+
+def _tcb(block: BlockReader) -> TcbRule:
+    statuses = block.choices("status", TCB_STATUSES)
+    min_date = block.day("min_date") if block.has("min_date") else None
+    advisories, allowed = block.optional("advisories"), None
+    if advisories:
+        allowed = advisories.each("allow", _advisory, "an advisory such as INTEL-SA-00837", may_be_empty=True)
+        advisories.end()
+    block.end()
+    return TcbRule(statuses, min_date, allowed)
+
+
+def _measurements(block: BlockReader | None) -> Mapping[str, tuple[bytes, ...]]:
+    if block is None:
+        return {}
+    rules = {name: block.each(name, lambda text: _hex(text, 48), _REGISTER) for name in MEASUREMENTS if block.has(name)}
+    block.end()
+    if not rules:
+        block.refuse("mr_td", "the block is empty", f"name at least one of: {', '.join(MEASUREMENTS)}")
+    return rules
+
+
+def _workload(block: BlockReader) -> WorkloadRule:
+    script = block.each("script", parse_digest, _DIGEST)
+    config = block.each("config", parse_digest, _DIGEST) if block.has("config") else None
+    datasets = block.each("datasets", parse_digest, _DIGEST) if block.has("datasets") else None
+    sealed = block.choice("no_events_after", (SEALED_EVENT,), default="")
+    block.end()
+    return WorkloadRule(script, config, datasets, sealed != "")
+
+
+def _identities(block: BlockReader | None) -> tuple[SpiffeGlob, ...] | None:
+    if block is None:
+        return None
+    wanted = "the SPIFFE id of ranks or backends; * stands for one whole segment after the trust domain"
+    globs = block.each("spiffe", SpiffeGlob.parse, wanted)
+    block.end()
+    return globs
+
+
+def _evidence(block: BlockReader | None) -> tuple[timedelta, bool]:
+    if block is None:
+        return _MAX_AGE_DEFAULT, True
+    max_age = _MAX_AGE_DEFAULT
+    if block.has("max_age"):
+        max_age = block.duration("max_age", timedelta(seconds=1), timedelta(days=1))
+    nonce = block.choice("nonce", ("broker", "verifier"), default="broker")
+    block.end()
+    return max_age, nonce == "broker"
+
+
+def _release(block: BlockReader | None) -> tuple[tuple[int, ...], int | None, timedelta]:
+    if block is None:
+        return tuple(WRAPS.values()), None, _LEASE_DEFAULT
+    if block.has("approvals"):
+        block.refuse("approvals", "not supported yet", "leave the block out; a release cannot ask for approvals")
+    wrap = block.choices("wrap", tuple(WRAPS)) if block.has("wrap") else tuple(WRAPS)
+    max_per_job = block.number("max_per_job", 1, 1_000_000) if block.has("max_per_job") else None
+    lease = _LEASE_DEFAULT
+    if block.has("lease"):
+        lease = block.duration("lease", timedelta(minutes=1), timedelta(days=365))
+    block.end()
+    return tuple(WRAPS[name] for name in wrap), max_per_job, lease
+
+
+def _hex(text: str, size: int) -> bytes | None:
+    found = re.fullmatch(r"[0-9a-f]+", text, re.ASCII)
+    return bytes.fromhex(text) if found and len(text) == 2 * size else None
+
+
+def _advisory(text: str) -> str | None:
+    return text if re.fullmatch(r"INTEL-SA-[0-9]{5}", text, re.ASCII) else None
+
+
+def _uri(text: str) -> KeyUri | None:
+    try:
+        return KeyUri.parse(text)
+    except CloisterError:
+        return None
+
+
+def _user(text: str) -> str | None:
+    try:
+        return text if SpiffeId.parse(text).role is Role.USER else None
+    except CloisterError:
+        return None

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole key broker in one process: real store, real cryptography, a test CA in place of attest.
+
+`python keybroker_harness.py STORE ROOT_KEY` runs one that creates, uses and disables keys without end and prints each
+acknowledged operation, for a parent that kills it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import secrets
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+
+from cloister.ear import Ear, issue
+from cloister.errors import CloisterError
+from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
+from cloister.identity import Role, SpiffeId
+from cloister.keyuri import KeyUri
+from cloister.runtime.pem import read_leaf
+from cloister.runtime.server import GrpcServer
+from cloister.secret import SecretBytes
+from cloister.tlv import sha384
+from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient
+from cloister_keybroker.backends.embedded import EmbeddedBackend
+from cloister_keybroker.entry import LoggedEntry
+from cloister_keybroker.keys import KeyState, Purpose
+from cloister_keybroker.nonces import NonceBook
+from cloister_keybroker.owners import Owner, OwnerDesk
+from cloister_keybroker.policy import digest_text
+from cloister_keybroker.release import Peer
+from cloister_keybroker.rootkey import create_root_key, read_root_key
+from cloister_keybroker.service import CALLERS, mounted
+from cloister_keybroker.store import KeyStore
+from cloister_keybroker.workloads import Asked, Released, ReleaseDesk, Workload
+from fakes.certs import TRUST_DOMAIN, TestCa
+from fakes.ear_sample import sample_ear
+
+TENANT = "hospital-a"
+KEY = KeyUri.parse(f"cloister-key://{TENANT}/datasets/reviews")
+OTHER_KEY = KeyUri.parse(f"cloister-key://{TENANT}/models/reviews")
+OWNER = SpiffeId.of_user(TRUST_DOMAIN, tenant=TENANT, user="data-office")
+COLLEAGUE = SpiffeId.of_user(TRUST_DOMAIN, tenant=TENANT, user="intern")
+STRANGER = SpiffeId.of_user(TRUST_DOMAIN, tenant="hospital-b", user="data-office")
+RANK = SpiffeId.of_rank(TRUST_DOMAIN, tenant=TENANT, job="j-1", rank=1)
+SCRIPT = b"\x23" * 48  # what sample_ear says
+CHANNEL = "TLSv1.3, X25519MLKEM768"
+
+Document = dict[str, Any]
+
+
+def policy_document(uri: KeyUri = KEY, *, version: int = 1, previous: bytes = b"", **when: Any) -> Document:
+    """Return a policy that lets `RANK` of sample_ear in; `when` replaces blocks (None removes one)."""
+    metadata = {"name": "reviews", "version": str(version), "owner": str(OWNER)}
+    if previous:
+        metadata["previous"] = digest_text(previous)
+    blocks: Document = {
+        "tee": {"type": "tdx", "debug": "deny", "simulated": "allow"},
+        "workload": {"script": [digest_text(SCRIPT)], "no_events_after": "cloister.workload.sealed"},
+        "identity": {"spiffe": [f"spiffe://{TRUST_DOMAIN}/ns/{TENANT}/job/*/rank/*"]},
+        "evidence": {"max_age": "5m", "nonce": "broker"},
+    }
+    blocks |= when
+    return {
+        "apiVersion": "cloister.dev/v1",
+        "kind": "ReleasePolicy",
+        "metadata": metadata,
+        "spec": {
+            "key": {"uri": str(uri), "purposes": ["train", "serve", "evaluate"]},
+            "when": {name: block for name, block in blocks.items() if block is not None},
+            "release": {"wrap": ["hpke-x25519-mlkem768"], "lease": "1h"},
+        },
+    }
+
+
+def as_yaml(document: Document) -> bytes:
+    """Return the document as YAML; JSON with text for every scalar is YAML of the accepted form."""
+    return json.dumps(document, ensure_ascii=False).encode()
+
+
+@dataclass
+class Clock:
+    """A clock that moves when told to."""
+
+    now: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, **by: float) -> None:
+        self.now += timedelta(**by)
+
+
+@dataclass
+class Td:
+    """A workload as the broker meets it: a certificate, an HPKE key, and tokens about the two."""
+
+    broker: Broker
+    spiffe_id: SpiffeId
+    certificate_sha256: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+    hpke: HpkeKeyPair = field(default_factory=HpkeKeyPair.generate)
+
+    @property
+    def workload(self) -> Workload:
+        return Workload(Peer(self.spiffe_id, self.certificate_sha256, "TLSv1.3", "X25519MLKEM768"), "request-1")
+
+    def ear(self, *nonces: bytes, **changes: Any) -> Ear:
+        """Return what attest would find; `changes` to the Ear, or to its parts as tee= and workload= dicts."""
+        found = sample_ear(role=self.spiffe_id.role, now=self.broker.clock())
+        who = self.spiffe_id
+        workload = dataclasses.replace(
+            found.workload,
+            tenant=who.tenant,
+            job=who.job,
+            rank=who.rank if who.role is Role.RANK else None,
+            model=who.model,
+            backend=who.backend,
+            **changes.pop("workload", {}),
+        )
+        return dataclasses.replace(
+            found,
+            spiffe_id=str(who),
+            nonces=tuple(nonce.hex() for nonce in (b"\x0a" * 32, *nonces)),
+            certificate_sha256=self.certificate_sha256,
+            hpke_key_digest=sha384(self.hpke.public_bytes),
+            tee=dataclasses.replace(found.tee, **changes.pop("tee", {})),
+            workload=workload,
+            **changes,
+        )
+
+    def token(self, *nonces: bytes, **changes: Any) -> str:
+        return self.broker.sign(self.ear(*nonces, **changes))
+
+    async def begin(self, key: KeyUri = KEY, purpose: Purpose = Purpose.TRAIN) -> bytes:
+        return (await self.broker.releases.begin(self.workload, key, purpose, "")).nonce
+
+    def asked(self, nonce: bytes, token: str, **changes: Any) -> Asked:
+        """Return a request for a new data key of KEY; `changes` replace its fields."""
+        recipient = Recipient(secrets.token_bytes(32), KEM_MLKEM768_X25519, self.hpke.public_bytes)
+        asked = Asked(token, KEY, 0, Purpose.TRAIN, nonce, recipient, b"")
+        return dataclasses.replace(asked, **changes)
+
+    async def release(self, *, wrapped: bytes = b"", ear: dict[str, Any] | None = None, **changes: Any) -> Released:
+        """Do it right from begin to end; `ear` changes the token, `changes` the request."""
+        key, purpose = changes.get("key", KEY), changes.get("purpose", Purpose.TRAIN)
+        nonce = await self.begin(key, purpose)
+        version = changes.pop("key_version", 1 if wrapped else 0)
+        asked = self.asked(nonce, self.token(nonce, **(ear or {})), wrapped=wrapped, key_version=version, **changes)
+        return await self.broker.releases.release(self.workload, asked)
+
+    def open(self, released: Released) -> SecretBytes:
+        return opened(self.hpke, released.data_key)
+
+
+@dataclass
+class Broker:
+    """The broker's desks over one store."""
+
+    ca: TestCa
+    clock: Clock
+    store: KeyStore
+    owners: OwnerDesk
+    releases: ReleaseDesk
+    nonces: NonceBook
+    receipt_key: Ed25519PrivateKey
+
+    @classmethod
+    async def open(cls, store_path: Path, root_key_path: Path, ca: TestCa, clock: Clock | None = None) -> Broker:
+        clock = clock or Clock()
+        if not root_key_path.exists():
+            create_root_key(root_key_path)
+        root_key = read_root_key(root_key_path)
+        store = await KeyStore.open(store_path, root_key)
+        backend, receipt_key = EmbeddedBackend(root_key), Ed25519PrivateKey.generate()
+        signer, broker_id, nonces = (
+            ReceiptSigner(receipt_key),
+            SpiffeId.service(TRUST_DOMAIN, Role.KEYBROKER),
+            NonceBook(),
+        )
+        return cls(
+            ca,
+            clock,
+            store,
+            OwnerDesk(store=store, backend=backend, signer=signer, broker_id=str(broker_id), clock=clock),
+            ReleaseDesk(
+                store=store,
+                backend=backend,
+                signer=signer,
+                credentials=ca.credentials(Role.KEYBROKER),
+                broker_id=broker_id,
+                clock=clock,
+                nonces=nonces,
+            ),
+            nonces,
+            receipt_key,
+        )
+
+    def sign(self, ear: Ear) -> str:
+        return issue(ear, key=self.ca.token_key, key_id=self.ca.token_key_id)
+
+    def td(self, spiffe_id: SpiffeId = RANK) -> Td:
+        return Td(self, spiffe_id)
+
+    async def create_key(
+        self, document: Document | None = None, uri: KeyUri = KEY, purposes: frozenset[Purpose] = frozenset(Purpose)
+    ) -> None:
+        """Create a key of OWNER under this policy (default: one that lets RANK in)."""
+        yaml = as_yaml(policy_document(uri) if document is None else document)
+        await self.owners.create(owner(), uri, purposes, yaml)
+
+    async def replace_policy(self, **when: Any) -> None:
+        """Put the next policy of KEY in force; `when` as for policy_document, release= replaces that block."""
+        record = (await self.owners.get(owner(), KEY)).record
+        release = when.pop("release", None)
+        document = policy_document(version=record.policy_version + 1, previous=record.policy_digest, **when)
+        if release is not None:
+            document["spec"]["release"] = release
+        await self.owners.put_policy(owner(), KEY, as_yaml(document))
+
+    async def log(self, tenant: str = TENANT) -> list[LoggedEntry]:
+        """Return a tenant's log, newest first."""
+        return await self.store.read(lambda t: t.newest_entries(tenant, key_uri="", limit=1000))
+
+
+def owner(spiffe_id: SpiffeId = OWNER) -> Owner:
+    return Owner(spiffe_id, b"certificate of " + str(spiffe_id).encode(), CHANNEL, "request-1")
+
+
+def recipient(pair: HpkeKeyPair) -> Recipient:
+    return Recipient(secrets.token_bytes(32), KEM_MLKEM768_X25519, pair.public_bytes)
+
+
+def opened(pair: HpkeKeyPair, answer: DataKeyAnswer) -> SecretBytes:
+    """Verify the receipt as a TD does, then open the data key."""
+    receipt = answer.receipt
+    message = answer.binding.receipt_message(
+        sealed=answer.sealed, log_id=receipt.log_id, index=receipt.place.index, root=receipt.place.root
+    )
+    load_der_public_key(receipt.receipt_spki_der).verify(receipt.signature, message)  # type: ignore[union-attr,call-arg]
+    return pair.open(answer.sealed, info=answer.binding.hpke_info())
+
+
+@asynccontextmanager
+async def a_broker(directory: Path, clock: Clock | None = None) -> AsyncIterator[Broker]:
+    """Give a broker over a store in `directory`; opening it again continues."""
+    broker = await Broker.open(directory / "store.sqlite", directory / "root.key", TestCa(), clock)
+    try:
+        yield broker
+    finally:
+        broker.store.close()
+
+
+@asynccontextmanager
+async def a_served_broker(directory: Path) -> AsyncIterator[tuple[Broker, str]]:
+    """Give a broker behind a real server with mutual TLS, and its endpoint."""
+    async with a_broker(directory) as broker:
+        server = GrpcServer(
+            section="127.0.0.1:0",
+            credentials=broker.ca.credentials(Role.KEYBROKER),
+            services=mounted(broker.owners, broker.releases, broker.store),
+            callers=CALLERS,
+        )
+        await server.start()
+        try:
+            yield broker, server.endpoint
+        finally:
+            await server.drain(0.1)
+
+
+def leaf_sha256(chain_pem: bytes) -> bytes:
+    """Return what `cnf` names for a certificate chain."""
+    return read_leaf(chain_pem).sha256
+
+
+async def _work_forever(store: Path, root_key: Path) -> None:
+    """Create keys, use them, disable and enable them; one line per operation that was acknowledged."""
+    broker = await Broker.open(store, root_key, TestCa())
+    print(json.dumps({"ready": True}), flush=True)
+    made: dict[KeyUri, str] = {}
+    while True:
+        uri = KeyUri.parse(f"cloister-key://{TENANT}/made/{secrets.token_hex(8)}")
+        await broker.create_key(policy_document(uri), uri)
+        _acknowledge("create", uri)
+        pair = HpkeKeyPair.generate()
+        answer = await broker.owners.generate(owner(), uri, recipient(pair))
+        secret = sha384(opened(pair, answer).reveal()).hex()
+        _acknowledge("generate", uri, wrapped=answer.wrapped.hex(), secret=secret, index=answer.receipt.place.index)
+        td = broker.td()
+        released = await td.release(key=uri, wrapped=answer.wrapped)
+        _acknowledge("release", uri, index=released.data_key.receipt.place.index)
+        try:
+            await td.release(key=uri, purpose=Purpose.EXPORT)
+        except CloisterError:
+            _acknowledge("denied", uri)
+        made[uri] = secret
+        if len(made) % 2:
+            await broker.owners.set_state(owner(), uri, KeyState.DISABLED)
+            _acknowledge("disable", uri)
+
+
+def _acknowledge(what: str, uri: KeyUri, **facts: object) -> None:
+    print(json.dumps({"what": what, "uri": str(uri), **facts}), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(_work_forever(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -70,13 +70,11 @@ class SealedDirectory:
         *,
         data_key: DataKey,
         manifest_digest: bytes | None = None,
-        beside: Iterable[str] = (),
     ) -> SealedDirectory:
         """Check the manifest, and the directory against it.
 
-        `manifest_digest`, when given, is the only one accepted: what was measured is what is read. `beside` names
-        plain files that are expected there too (a name that ends in '/' stands for all below it); every other file
-        that the manifest does not list is refused.
+        `manifest_digest`, when given, is the only one accepted: what was measured is what is read. A file that the
+        manifest does not list is refused, as is one that is missing.
         """
         name = str(path / MANIFEST_NAME)
         manifest = Manifest.parse(read_manifest(path), name=name)
@@ -86,7 +84,7 @@ class SealedDirectory:
         if manifest_digest is not None and not hmac.compare_digest(manifest.digest, manifest_digest):
             raise _mismatch(path, "its manifest is authentic, but not the one asked for: another version of the data")
         directory = cls(path, manifest=manifest, data_key=data_key)
-        directory._check_listing(frozenset(beside))
+        directory._check_listing()
         return directory
 
     @property
@@ -176,16 +174,15 @@ class SealedDirectory:
             if progress:
                 progress(done, total, entry.path)
 
-    def _check_listing(self, beside: frozenset[str]) -> None:
+    def _check_listing(self) -> None:
         expected = {entry.path + SUFFIX for entry in self.manifest.files}
-        folders = tuple(name for name in beside if name.endswith("/"))
         try:
             for name, regular in walk(self.path):
                 if name in expected:
                     if not regular:
                         raise _mismatch(self.path, f"{name} is not a regular file")
                     expected.remove(name)
-                elif name not in {MANIFEST_NAME, MARKER_NAME} | beside and not name.startswith(folders):
+                elif name not in {MANIFEST_NAME, MARKER_NAME}:
                     raise _mismatch(self.path, f"{name} was added: the manifest does not list it")
         except OSError as error:
             raise file_error(error, what=f"cannot list {self.path}") from error

@@ -51,6 +51,12 @@ def is_sealed(path: Path) -> bool:
         raise file_error(error, what=f"cannot read {path}") from error
 
 
+def _bytes_of(buffer: ReadableBuffer) -> memoryview:
+    view = memoryview(buffer)
+    # An empty view cannot be cast.
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
 def _batch(segment_size: int) -> int:
     return max(1, _BATCH_SIZE // segment_size) * segment_size
 
@@ -106,7 +112,7 @@ class SealedWriter(io.RawIOBase):
         """Encrypt all of the bytes; raise CloisterError when the file cannot be written."""
         if self.closed:
             raise ValueError("write to a closed sealed file")
-        view = memoryview(data).cast("B")
+        view = _bytes_of(data)
         size = len(view)
         while view:
             room = self._layout.capacity_of(self._index) - self._held
@@ -272,7 +278,7 @@ class SealedReader(io.RawIOBase):
         """Fill the buffer, or what of it the file's rest fills; return the number of bytes."""
         if self.closed:
             raise ValueError("read of a closed sealed file")
-        view = memoryview(buffer).cast("B")
+        view = _bytes_of(buffer)
         view = view[: max(0, self.size - self._position)]
         done = 0
         while done < len(view):

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cloister key`: keys of the broker and the policies that say which attested workload may have them."""
+
+from __future__ import annotations
+
+import enum
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from cloister.cli.options import Json, State, existing_file, in_session, state_directory
+from cloister.cli.output import Output
+from cloister.errors import CloisterError, Code
+
+if TYPE_CHECKING:
+    from cloister.cli.session import Session
+
+app = typer.Typer(help="Keys of the broker and their release policies.", no_args_is_help=True)
+
+
+class PurposeName(enum.StrEnum):
+    """What a key may be released for."""
+
+    TRAIN = "train"
+    SERVE = "serve"
+    EVALUATE = "evaluate"
+    EXPORT = "export"
+
+
+KeyArgument = Annotated[str, typer.Argument(metavar="URI", help="cloister-key://<tenant>/<path>")]
+COLUMNS: Final = ("uri", "version", "state", "purposes", "policy_version", "owner")
+
+
+@app.command()
+def create(
+    uri: KeyArgument,
+    purpose: Annotated[
+        list[PurposeName] | None, typer.Option("--purpose", help="May be repeated; default: the policy's purposes.")
+    ] = None,
+    policy: Annotated[Path | None, typer.Option("--policy", help="Release policy; none releases nothing.")] = None,
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """Create a key.
+
+    The broker's evidence is verified on this machine first: its quote, its keys, and the code it runs.
+    """
+    policy_yaml = existing_file(policy, what="the policy").read_bytes() if policy else b""
+
+    purposes = [p.value for p in purpose or []] or purposes_of(policy_yaml)
+
+    async def work(session: Session) -> dict[str, Any]:
+        return await create_key(session, uri, purposes=purposes, policy_yaml=policy_yaml)
+
+    Output(as_json=json).item(in_session(state, work))
+
+
+@app.command(name="list")
+def list_(state: State = None, json: Json = False) -> None:
+    """List your keys."""
+
+    async def work(session: Session) -> list[dict[str, Any]]:
+        return await list_keys(session)
+
+    found = in_session(state, work)
+    Output(as_json=json).rows("keys", found, COLUMNS, empty="no keys yet: cloister key create URI --purpose train")
+
+
+@app.command()
+def show(uri: KeyArgument, state: State = None, json: Json = False) -> None:
+    """Show one key."""
+    _one(state, json, uri, "GetKey", "showing the key")
+
+
+@app.command()
+def enable(uri: KeyArgument, state: State = None, json: Json = False) -> None:
+    """Let a disabled key be released again."""
+    _one(state, json, uri, "EnableKey", "enabling the key")
+
+
+@app.command()
+def disable(uri: KeyArgument, state: State = None, json: Json = False) -> None:
+    """Release a key to nobody until it is enabled again. What already holds it keeps it until it ends."""
+    _one(state, json, uri, "DisableKey", "disabling the key")
+
+
+@app.command()
+def policy(
+    uri: KeyArgument,
+    put: Annotated[Path | None, typer.Option("--put", help="Put this policy in force.")] = None,
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """Show a key's release policy, or put another one in force."""
+    new = existing_file(put, what="the policy").read_bytes() if put else None
+
+    async def work(session: Session) -> dict[str, Any]:
+        from cloister.api.keybroker.v1 import keybroker_pb2, keybroker_pb2_grpc
+
+        stub = keybroker_pb2_grpc.KeyOwnerServiceStub(session.channel("keybroker"))
+        if new is not None:
+            request = keybroker_pb2.PutReleasePolicyRequest(uri=uri, policy_yaml=new)
+            answer = await session.call(stub.PutReleasePolicy, request, what="putting the policy in force")
+            return key_document(answer.key)
+        answer = await session.call(
+            stub.GetReleasePolicy, keybroker_pb2.GetReleasePolicyRequest(uri=uri), what="reading the policy"
+        )
+        digest = f"sha384:{answer.digest.hex()}"
+        return {"version": answer.version, "digest": digest, "policy": answer.policy_yaml.decode(errors="replace")}
+
+    document = in_session(state, work)
+    output = Output(as_json=json)
+    if "policy" in document and not json:
+        output.note(f"version {document['version']}, {document['digest']}")
+        output.stream(document, document["policy"].rstrip("\n"))
+    else:
+        output.item(document)
+
+
+@app.command(name="draft-policy")
+def draft_policy(
+    uri: KeyArgument,
+    purpose: Annotated[list[PurposeName], typer.Option("--purpose", help="May be given several times.")],
+    script: Annotated[
+        list[Path] | None, typer.Option("--script", help="Scripts that may hold the key; default: the built-in job.")
+    ] = None,
+    simulated: Annotated[bool, typer.Option("--simulated", help="Let evidence of simulated TDs pass.")] = False,
+    state: State = None,
+) -> None:
+    """Print a strict policy for your own jobs and models to start from; needs no running broker."""
+    from cloister.cli.measure import digest_of_file, handler_path, job_script_path
+    from cloister.cli.policyfile import PolicyDraft
+    from cloister.cli.state import read_stack
+    from cloister.keyuri import KeyUri
+
+    key = KeyUri.parse(uri)
+    stack = read_stack(state_directory(state))
+    domain, purposes = stack.trust_domain, [p.value for p in purpose]
+    serves = PurposeName.SERVE in purpose
+    scripts = [existing_file(path, what="the script") for path in script or []] or [job_script_path()]
+    globs = [f"spiffe://{domain}/ns/{key.tenant}/job/*/rank/*"] if PurposeName.TRAIN in purpose else []
+    draft = PolicyDraft(
+        name=key.path.rpartition("/")[2].lower(),
+        owner=stack.user,
+        key_uri=uri,
+        purposes=purposes,
+        scripts=[digest_of_file(path) for path in (*scripts, *([handler_path()] if serves else []))],
+        identities=globs + ([f"spiffe://{domain}/ns/{key.tenant}/model/*/backend/*"] if serves else []),
+        simulated=simulated,
+    )
+    Output().stream({}, draft.to_yaml().rstrip("\n"))
+
+
+@app.command()
+def decisions(
+    uri: Annotated[str, typer.Option("--key", help="Only decisions about this key.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many, newest first.")] = 20,
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """List what the broker decided about your keys, newest first: every release, granted or not, and why."""
+
+    async def work(session: Session) -> list[dict[str, Any]]:
+        return await list_decisions(session, limit=limit, key_uri=uri)
+
+    columns = ("index", "time", "action", "granted", "key_uri", "caller", "failed")
+    Output(as_json=json).rows("decisions", in_session(state, work), columns, empty="no decisions yet")
+
+
+async def create_key(session: Session, uri: str, *, purposes: list[str], policy_yaml: bytes) -> dict[str, Any]:
+    """Create a key at a broker whose evidence has been verified here; return its document."""
+    from cloister.cli.trust import owner_keys
+    from cloister.keyuri import KeyUri
+
+    KeyUri.parse(uri)
+    client = await owner_keys(session)
+    return key_document(await client.create_key(uri, purposes=purposes, policy_yaml=policy_yaml))
+
+
+def purposes_of(policy_yaml: bytes) -> list[str]:
+    """Return the purposes that a policy names; raise CloisterError when there are none to be found."""
+    from cloister.strictyaml import StrictYamlError, load
+
+    why = "a key has at least one purpose"
+    try:
+        found: Any = load(policy_yaml).root if policy_yaml else {}
+        purposes = found["spec"]["key"]["purposes"]
+        if isinstance(purposes, list):
+            return [PurposeName(name).value for name in purposes]
+    except StrictYamlError as error:
+        why = str(error)
+    except (KeyError, TypeError, ValueError):
+        why = "the policy names no purposes that a key can have"
+    raise CloisterError(
+        Code.ARGUMENT_INVALID,
+        what="it is not clear what the key is for",
+        why=why,
+        todo="give --purpose train, serve, evaluate or export, or a policy with spec.key.purposes",
+    )
+
+
+async def list_keys(session: Session) -> list[dict[str, Any]]:
+    """Return every key of the caller's, all pages."""
+    from cloister.api.keybroker.v1 import keybroker_pb2, keybroker_pb2_grpc
+
+    stub = keybroker_pb2_grpc.KeyOwnerServiceStub(session.channel("keybroker"))
+    found: list[dict[str, Any]] = []
+    token = ""
+    while True:
+        request = keybroker_pb2.ListKeysRequest(page_size=1000, page_token=token)
+        answer = await session.call(stub.ListKeys, request, what="listing your keys")
+        found += [key_document(key) for key in answer.keys]
+        token = answer.next_page_token
+        if not token:
+            return found
+
+
+async def list_decisions(session: Session, *, limit: int, key_uri: str = "") -> list[dict[str, Any]]:
+    """Return decisions of the broker's log, newest first, as documents."""
+    from cloister.api.keybroker.v1 import keybroker_pb2, keybroker_pb2_grpc
+
+    answer = await session.call(
+        keybroker_pb2_grpc.DecisionLogServiceStub(session.channel("keybroker")).ListDecisions,
+        keybroker_pb2.ListDecisionsRequest(limit=limit, key_uri=key_uri),
+        what="reading the decision log",
+    )
+    return [
+        {
+            "index": decision.index,
+            "time": _time(decision.time_unix_ms),
+            "action": decision.action,
+            "key_uri": decision.key_uri,
+            "caller": decision.caller,
+            "granted": decision.granted,
+            "failed": [block.name for block in decision.blocks if not block.ok],
+            "blocks": [
+                {"name": block.name, "ok": block.ok, "wanted": block.wanted, "got": block.got}
+                for block in decision.blocks
+            ],
+        }
+        for decision in answer.decisions
+    ]
+
+
+def key_document(key: Any) -> dict[str, Any]:
+    """Return a key as JSON output shows it."""
+    from cloister.api.keybroker.v1 import keybroker_pb2
+
+    return {
+        "uri": key.uri,
+        "version": key.version,
+        "state": keybroker_pb2.KeyState.Name(key.state).removeprefix("KEY_STATE_").lower(),
+        "purposes": [keybroker_pb2.Purpose.Name(p).removeprefix("PURPOSE_").lower() for p in key.purposes],
+        "owner": key.owner,
+        "created": _time(key.created_unix_ms),
+        "policy_version": key.policy_version,
+        "policy_digest": f"sha384:{key.policy_digest.hex()}" if key.policy_digest else "",
+    }
+
+
+def _one(state: Path | None, json: bool, uri: str, rpc: str, what: str) -> None:
+    async def work(session: Session) -> dict[str, Any]:
+        from cloister.api.keybroker.v1 import keybroker_pb2, keybroker_pb2_grpc
+
+        stub = keybroker_pb2_grpc.KeyOwnerServiceStub(session.channel("keybroker"))
+        request = getattr(keybroker_pb2, f"{rpc}Request")(uri=uri)
+        answer = await session.call(getattr(stub, rpc), request, what=what)
+        return key_document(answer.key)
+
+    Output(as_json=json).item(in_session(state, work))
+
+
+def _time(unix_ms: int) -> str:
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds")

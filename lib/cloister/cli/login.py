@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The user's own identity: a key made once on this machine, and short-lived certificates for it from attest.
+
+A certificate is renewed when half of its life is over, or when attest's certificate authority is another one than
+the one that issued it. The private key never leaves its file; attest knows its digest from its configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from cloister.cli.state import StateDirectory
+from cloister.errors import CloisterError, Code
+from cloister.identity import Role
+
+if TYPE_CHECKING:
+    from cloister.runtime.bundle import TrustBundle
+
+_TIMEOUT_S: Final = 10.0
+
+
+def make_user_key(state: StateDirectory) -> ec.EllipticCurvePrivateKey:
+    """Return the user's P-256 key; make it, readable by its owner only, when there is none yet."""
+    if not state.user_key.exists():
+        key = ec.generate_private_key(ec.SECP256R1())
+        pem = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        from cloister.runtime.files import write_atomically
+
+        write_atomically(state.user_key, pem, mode=0o600)
+    return load_user_key(state)
+
+
+def load_user_key(state: StateDirectory) -> ec.EllipticCurvePrivateKey:
+    """Return the user's key; raise CloisterError when it is missing, readable by others, or not a P-256 key."""
+    path = state.user_key
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with os.fdopen(descriptor, "rb") as handle:
+            mode = os.fstat(descriptor).st_mode & 0o777
+            pem = handle.read(1 << 16)
+    except OSError as error:
+        raise CloisterError(
+            Code.FILE_NOT_FOUND,
+            what=f"the user's key {path} cannot be read",
+            why=error.strerror or str(error),
+            todo="`cloister dev up` makes one; name the right state directory with --state",
+        ) from error
+    if mode & 0o077:
+        raise _unusable(
+            state, f"its mode is {mode:o}; a private key is readable by its owner only", f"chmod 600 {path}"
+        )
+    try:
+        key = serialization.load_pem_private_key(pem, password=None)
+    except (ValueError, TypeError):
+        raise _unusable(state, "it is not an unencrypted PEM private key", "put the right file there") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise _unusable(state, "it is not a P-256 key", "put the right file there")
+    return key
+
+
+def spki_sha256(key: ec.EllipticCurvePrivateKey) -> str:
+    """Return the digest by which attest's configuration names the user (hex)."""
+    spki = key.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(spki).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class UserCertificate:
+    """The present certificate and the intermediate that signed it."""
+
+    leaf: x509.Certificate
+    issuer: x509.Certificate
+
+    @classmethod
+    def read(cls, state: StateDirectory) -> UserCertificate | None:
+        """Return the certificate of the state directory, or None when there is none that could be used."""
+        try:
+            leaf, issuer, *_ = x509.load_pem_x509_certificates(state.user_chain.read_bytes())
+        except (OSError, ValueError):
+            return None
+        return cls(leaf, issuer)
+
+    @property
+    def spiffe_id(self) -> str:
+        names = self.leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return names.get_values_for_type(x509.UniformResourceIdentifier)[0]
+
+    @property
+    def not_after(self) -> datetime:
+        return self.leaf.not_valid_after_utc
+
+    def is_due(self, *, bundle: TrustBundle, key: ec.EllipticCurvePrivateKey, now: datetime) -> bool:
+        """Say whether to fetch a new one: half its life is over, or its issuer or key is not the present one."""
+        start, end = self.leaf.not_valid_before_utc, self.leaf.not_valid_after_utc
+        present = x509.load_pem_x509_certificate(bundle.intermediates[Role.USER])
+        return now >= start + (end - start) / 2 or self.issuer != present or self.leaf.public_key() != key.public_key()
+
+
+def read_bundle(state: StateDirectory) -> TrustBundle:
+    """Return the trust bundle that attest wrote into the state directory."""
+    from cloister.runtime.bundle import TrustBundle
+
+    try:
+        return TrustBundle.parse(state.bundle.read_bytes())
+    except OSError as error:
+        raise CloisterError(
+            Code.FILE_NOT_FOUND,
+            what=f"the trust bundle {state.bundle} cannot be read",
+            why=error.strerror or str(error),
+            todo="attest writes it at its start: cloister dev up",
+        ) from error
+
+
+async def ensure_certificate(
+    state: StateDirectory, *, enrolment: str, force: bool = False, now: datetime | None = None
+) -> UserCertificate:
+    """Return a user certificate with at least half of its life to go; fetch one from attest when there is none."""
+    bundle = read_bundle(state)
+    key = load_user_key(state)
+    present = UserCertificate.read(state)
+    if present is not None and not force and not present.is_due(bundle=bundle, key=key, now=now or datetime.now(UTC)):
+        return present
+    return await _fetch(state, key, bundle=bundle, enrolment=enrolment)
+
+
+async def _fetch(
+    state: StateDirectory, key: ec.EllipticCurvePrivateKey, *, bundle: TrustBundle, enrolment: str
+) -> UserCertificate:
+    from cloister.api.attest.v1 import attest_pb2, attest_pb2_grpc
+    from cloister.runtime.channel import invoke, open_enrolment_channel
+    from cloister.runtime.files import write_atomically
+
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    channel = open_enrolment_channel(enrolment, bundle=bundle)
+    try:
+        answer = await invoke(
+            attest_pb2_grpc.EnrolmentServiceStub(channel).IssueUserCertificate,
+            attest_pb2.IssueUserCertificateRequest(csr_der=request.public_bytes(serialization.Encoding.DER)),
+            timeout_s=_TIMEOUT_S,
+            what="fetching your certificate from attest",
+        )
+    finally:
+        await channel.close()
+    write_atomically(state.user_chain, answer.certificate_chain_pem, mode=0o600)
+    write_atomically(state.gateway_ca, bundle.intermediates[Role.GATEWAY], mode=0o644)
+    issued = UserCertificate.read(state)
+    if issued is None or issued.leaf.public_key() != key.public_key():
+        raise CloisterError(
+            Code.EVIDENCE_UNEXPECTED,
+            what="attest's answer is not a certificate for your key",
+            why="the chain does not parse, or holds another public key",
+            todo="check that --state names the stack you mean; cloister doctor",
+        )
+    return issued
+
+
+def _unusable(state: StateDirectory, why: str, todo: str) -> CloisterError:
+    return CloisterError(
+        Code.CONFIG_INVALID, what=f"the user's key {state.user_key} cannot be used", why=why, todo=todo
+    )

@@ -112,6 +112,7 @@ class Code(enum.Enum):
         1211, Kind.UNAUTHENTIC, "the attestation result does not verify or is not for this channel"
     )
     BUNDLE_INVALID = CodeInfo(1212, Kind.UNAUTHENTIC, "the trust bundle is malformed or not the expected one")
+    WORKLOAD_EXISTS = CodeInfo(1213, Kind.EXISTS, "a workload of this name is registered, and is another or closed")
     # 1300: keys
     KEY_NOT_FOUND = CodeInfo(1301, Kind.NOT_FOUND, "no such key of yours")
     KEY_EXISTS = CodeInfo(1302, Kind.EXISTS, "a key of this name exists")

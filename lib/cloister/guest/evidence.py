@@ -26,12 +26,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from cloister.api.common.v1 import evidence_pb2
 from cloister.errors import CloisterError, Code
-from cloister.guest.guest import report_data_of
 from cloister.hpke import KEM_MLKEM768_X25519, PUBLIC_KEY_SIZE
 from cloister.identity import Role
 from cloister.tdx.check import Check
 from cloister.tdx.eventlog import MAX_LOG_SIZE, EventLog, EventLogRejected
 from cloister.tdx.quote import MAX_QUOTE_SIZE, QuoteRejected
+from cloister.tdx.reportdata import report_data
 from cloister.tdx.verify import TrustRoot, VerifiedQuote, verify_quote
 from cloister.tdx.workload import Workload, read_workload
 
@@ -143,6 +143,20 @@ def verify_evidence(
         workload=workload,
         role=role,
         tls_spki_der=evidence.tls_spki_der,
+        hpke_public_key=evidence.hpke_public_key,
+        receipt_spki_der=evidence.receipt_spki_der,
+    )
+
+
+def report_data_of(evidence: evidence_pb2.Evidence) -> bytes:
+    """Return the 64 bytes that the quote must carry for the other fields of this evidence."""
+    return report_data(
+        role=evidence.role,
+        trust_domain=evidence.trust_domain,
+        audience=evidence.audience,
+        nonce=evidence.nonce,
+        tls_spki_der=evidence.tls_spki_der,
+        hpke_kem_id=evidence.hpke_kem_id,
         hpke_public_key=evidence.hpke_public_key,
         receipt_spki_der=evidence.receipt_spki_der,
     )

@@ -17,12 +17,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cloister import hpke
 from cloister.api.common.v1 import evidence_pb2
 from cloister.errors import CloisterError, Code
+from cloister.guest.evidence import report_data_of
 from cloister.guest.measure import image_digest
 from cloister.guest.provider import QuoteProvider, open_provider
 from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
 from cloister.identity import Role
 from cloister.tdx.eventlog import Event, EventLog, EventLogRejected
-from cloister.tdx.reportdata import report_data
 from cloister.tdx.workload import KEY, SEALED, KeyClaim
 
 _RTMR: Final = 3
@@ -169,20 +169,6 @@ class Guest:
                 todo="start one workload per TD",
             )
         return log
-
-
-def report_data_of(evidence: evidence_pb2.Evidence) -> bytes:
-    """Return the 64 bytes that the quote must carry for the other fields of this evidence."""
-    return report_data(
-        role=evidence.role,
-        trust_domain=evidence.trust_domain,
-        audience=evidence.audience,
-        nonce=evidence.nonce,
-        tls_spki_der=evidence.tls_spki_der,
-        hpke_kem_id=evidence.hpke_kem_id,
-        hpke_public_key=evidence.hpke_public_key,
-        receipt_spki_der=evidence.receipt_spki_der,
-    )
 
 
 def _not_sealed() -> CloisterError:

@@ -12,8 +12,7 @@ from cryptography.exceptions import InvalidSignature
 from cloister.api.common.v1 import evidence_pb2, evidence_pb2_grpc
 from cloister.api.keybroker.v1 import keybroker_pb2
 from cloister.errors import CloisterError, Code
-from cloister.guest.evidence import load_ed25519_spki
-from cloister.guest.guest import report_data_of
+from cloister.guest.evidence import load_ed25519_spki, report_data_of
 from cloister.hpke import HpkeError, HpkeKeyPair
 from cloister.identity import Role, SpiffeId
 from cloister.protocol import NONCE_SIZE, ReleaseBinding

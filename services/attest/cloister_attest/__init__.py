@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verify evidence, appraise it and issue identities."""
+"""The verifier: is the evidence authentic, is the workload welcome, and then: who is it?"""

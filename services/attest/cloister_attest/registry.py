@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workloads that services have announced: which measurements may become which rank or backend. Survives restarts.
+
+Announcing the same twice is fine (a service that was interrupted does it again); announcing something else under a
+name that is taken is refused, and a closed name stays closed: identities are never handed on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import apsw
+
+from cloister.errors import CloisterError, Code
+from cloister.runtime.database import Database
+from cloister_attest.workloads import Backend, Job
+
+MIGRATIONS: Final = (
+    """
+    CREATE TABLE jobs (
+        job_id TEXT PRIMARY KEY,
+        tenant TEXT NOT NULL,
+        world_size INTEGER NOT NULL,
+        script BLOB NOT NULL,
+        config BLOB NOT NULL,
+        open INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE backends (
+        tenant TEXT NOT NULL,
+        model TEXT NOT NULL,
+        backend TEXT NOT NULL,
+        script BLOB NOT NULL,
+        config BLOB NOT NULL,
+        open INTEGER NOT NULL,
+        PRIMARY KEY (tenant, model, backend)
+    ) STRICT;
+    CREATE TABLE verdicts (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        time_unix_ms INTEGER NOT NULL,
+        role TEXT NOT NULL,
+        tenant TEXT NOT NULL,
+        spiffe_id TEXT NOT NULL,
+        accepted INTEGER NOT NULL,
+        simulated INTEGER NOT NULL,
+        quote_sha384 BLOB NOT NULL,
+        event_log_sha384 BLOB NOT NULL,
+        checks TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX verdicts_by_identity ON verdicts (spiffe_id, number);
+    CREATE INDEX verdicts_by_outcome ON verdicts (accepted, number);
+    """,
+)
+
+
+class Registry:
+    """Jobs and backends, in SQLite."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def register_job(self, job: Job) -> None:
+        """Open a job; raise CloisterError(WORKLOAD_EXISTS) when its name means something else, or is closed."""
+
+        def work(connection: apsw.Connection) -> None:
+            present = _job(connection, job.job_id)
+            if present is None:
+                connection.execute(
+                    "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, 1)",
+                    (job.job_id, job.tenant, job.world_size, job.script, job.config),
+                )
+            elif present != job:
+                raise _taken(f"the job {job.job_id}", is_open=present.open)
+
+        await self._database.write(work)
+
+    async def close_job(self, job_id: str) -> None:
+        """Let no rank of this job enrol any more; raise CloisterError(JOB_NOT_FOUND)."""
+
+        def work(connection: apsw.Connection) -> None:
+            connection.execute("UPDATE jobs SET open = 0 WHERE job_id = ?", (job_id,))
+            if not connection.changes():
+                raise CloisterError(
+                    Code.JOB_NOT_FOUND,
+                    what=f"there is no job {job_id}",
+                    why="it was never registered",
+                    todo="check the job id",
+                )
+
+        await self._database.write(work)
+
+    async def job(self, job_id: str) -> Job | None:
+        """Return a job, open or closed."""
+        return await self._database.read(lambda connection: _job(connection, job_id))
+
+    async def register_backend(self, backend: Backend) -> None:
+        """Open a backend; raise CloisterError(WORKLOAD_EXISTS) like `register_job`."""
+
+        def work(connection: apsw.Connection) -> None:
+            names = (backend.tenant, backend.model, backend.backend)
+            present = _backend(connection, names)
+            if present is None:
+                connection.execute(
+                    "INSERT INTO backends VALUES (?, ?, ?, ?, ?, 1)", (*names, backend.script, backend.config)
+                )
+            elif present != backend:
+                raise _taken(f"the backend {backend.model}/{backend.backend}", is_open=present.open)
+
+        await self._database.write(work)
+
+    async def close_backend(self, tenant: str, model: str, backend: str) -> None:
+        """Let this backend enrol no more; raise CloisterError(MODEL_NOT_FOUND)."""
+
+        def work(connection: apsw.Connection) -> None:
+            connection.execute(
+                "UPDATE backends SET open = 0 WHERE tenant = ? AND model = ? AND backend = ?", (tenant, model, backend)
+            )
+            if not connection.changes():
+                raise CloisterError(
+                    Code.MODEL_NOT_FOUND,
+                    what=f"there is no backend {model}/{backend}",
+                    why="it was never registered",
+                    todo="check model and backend id",
+                )
+
+        await self._database.write(work)
+
+    async def backend(self, tenant: str, model: str, backend: str) -> Backend | None:
+        """Return a backend, open or closed."""
+        return await self._database.read(lambda connection: _backend(connection, (tenant, model, backend)))
+
+
+def _job(connection: apsw.Connection, job_id: str) -> Job | None:
+    row: Any = connection.execute("SELECT * FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+    if row is None:
+        return None
+    job, tenant, world_size, script, config, is_open = row
+    return Job(job, tenant, world_size, script, config, bool(is_open))
+
+
+def _backend(connection: apsw.Connection, names: tuple[str, str, str]) -> Backend | None:
+    query = "SELECT * FROM backends WHERE tenant = ? AND model = ? AND backend = ?"
+    row: Any = connection.execute(query, names).fetchone()
+    if row is None:
+        return None
+    tenant, model, backend, script, config, is_open = row
+    return Backend(tenant, model, backend, script, config, bool(is_open))
+
+
+def _taken(what: str, *, is_open: bool) -> CloisterError:
+    return CloisterError(
+        Code.WORKLOAD_EXISTS,
+        what=f"{what} is registered already",
+        why="with other measurements" if is_open else "and closed: a closed name is not used again",
+        todo="use another name",
+    )

@@ -10,6 +10,8 @@ from cloister.errors import EXIT_CODE, GRPC_STATUS, Code
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "errors.md"
 
+_CTRL_C = 130
+
 ROOMS = {
     10: "Configuration, command line, files",
     11: "Transport and identity",
@@ -27,7 +29,7 @@ Generated from `lib/cloister/errors.py` by `scripts/generate_error_docs.py`; do 
 
 Every error that a person or a program sees has a stable code, one line *what* happened, one *why*, and one *what to
 do*. On the wire it is a `google.rpc.Status` whose `ErrorInfo` has the code as `reason` and `cloister.dev` as `domain`;
-the command line ends with the exit code of the same row. A number is never reused.
+the command line ends with the exit code of the same row, except that Ctrl-C ends it with 130. A number is never reused.
 """
 
 
@@ -40,6 +42,7 @@ def render() -> str:
         for code in codes:
             if code.value.number // 100 == room:
                 status, exit_code = GRPC_STATUS[code.kind], EXIT_CODE[code.kind]
+                exit_code = _CTRL_C if code is Code.INTERRUPTED else exit_code
                 parts.append(f"| {code.text} | `{code.name}` | {code.value.summary} | {status} | {exit_code} |\n")
     return "".join(parts)
 

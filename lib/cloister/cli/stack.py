@@ -108,7 +108,7 @@ class _Builder:
             "keybroker",
             stackconfig.keybroker_config(places, options, attest_enrolment=enrolment, root_key=root_key),
         )
-        await self._trainer_and_gateway(places, enrolment)
+        await self._trainer_and_gateway(places)
         certificate = await login.ensure_certificate(state, enrolment=enrolment, force=True)
         stack = Stack(
             supervisor_pid=os.getpid(),
@@ -124,10 +124,10 @@ class _Builder:
         )
         write_atomically(state.stack_file, stack.to_json(), mode=0o600)
 
-    async def _trainer_and_gateway(self, places: Places, enrolment: str) -> None:
-        options, keybroker = self._options, self._endpoints["keybroker"]["grpc"]
-        trainer = stackconfig.trainer_config(places, options, attest_enrolment=enrolment, keybroker=keybroker)
-        gateway = stackconfig.gateway_config(places, options, attest_enrolment=enrolment, keybroker=keybroker)
+    async def _trainer_and_gateway(self, places: Places) -> None:
+        options, attest, keybroker = self._options, self._endpoints["attest"], self._endpoints["keybroker"]["grpc"]
+        trainer = stackconfig.trainer_config(places, options, attest=attest, keybroker=keybroker)
+        gateway = stackconfig.gateway_config(places, options, attest=attest, keybroker=keybroker)
         await _both(self._service("trainer", trainer), self._service("gateway", gateway))
 
     def _platform_socket(self) -> Path:

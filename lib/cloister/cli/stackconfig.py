@@ -90,23 +90,27 @@ def keybroker_config(places: Places, options: StackOptions, *, attest_enrolment:
     )
 
 
-def trainer_config(places: Places, options: StackOptions, *, attest_enrolment: str, keybroker: str) -> str:
-    """Return the trainer's TOML."""
+def trainer_config(places: Places, options: StackOptions, *, attest: Mapping[str, str], keybroker: str) -> str:
+    """Return the trainer's TOML; `attest` are that service's endpoints."""
     return render_toml(
         {
             "service": places.service_section("trainer", options),
-            "guest": places.guest_section(attest_enrolment),
-            "trainer": {"keybroker_endpoint": keybroker, "cores": list(options.rank_cores)},
+            "guest": places.guest_section(attest["enrolment"]),
+            "trainer": {
+                "attest_endpoint": attest["grpc"],
+                "keybroker_endpoint": keybroker,
+                "cores": list(options.rank_cores),
+            },
         }
     )
 
 
-def gateway_config(places: Places, options: StackOptions, *, attest_enrolment: str, keybroker: str) -> str:
-    """Return the gateway's TOML."""
+def gateway_config(places: Places, options: StackOptions, *, attest: Mapping[str, str], keybroker: str) -> str:
+    """Return the gateway's TOML; `attest` are that service's endpoints."""
     return render_toml(
         {
             "service": places.service_section("gateway", options),
-            "guest": places.guest_section(attest_enrolment),
+            "guest": places.guest_section(attest["enrolment"]),
             "serving": {
                 "https_listen": f"127.0.0.1:{options.https_port}",
                 "keybroker_endpoint": keybroker,

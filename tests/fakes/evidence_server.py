@@ -56,8 +56,6 @@ class EvidenceFake(evidence_pb2_grpc.EvidenceServiceServicer):
         return pb.GetEvidenceResponse(evidence=evidence)
 
 
-
-
 def mounted(servicer: EvidenceFake) -> Mounted:
     return Mounted(SERVICE, evidence_pb2_grpc.add_EvidenceServiceServicer_to_server, servicer)
 

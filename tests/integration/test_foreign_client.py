@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.certs import TestCa
-from fakes.evidence_server import SERVICE, evidence_server
 
 from cloister.identity import Role, dns_name
 from cloister.runtime.credentials import TlsMaterial
+from fakes.certs import TestCa
+from fakes.evidence_server import SERVICE, evidence_server
 
 ROOT = Path(__file__).resolve().parents[2]
 FOREIGN = ROOT / "tests" / "foreign"

@@ -22,6 +22,7 @@ from cloister.runtime.status import from_rpc_error
 
 _Response = TypeVar("_Response")
 _EXPLAIN_WITHIN_S: Final = 2.0
+_REFUSED: Final = ("failed to connect", "Socket closed", "andshake")
 
 
 class _Connector(Protocol):
@@ -247,9 +248,11 @@ async def stream(method: Any, request: Any, *, what: str, timeout_s: float | Non
 
 async def _explained(method: Any, error: grpc.aio.AioRpcError, what: str) -> CloisterError:
     found = from_rpc_error(error, what=what)
-    if found.code is not Code.UNREACHABLE or not isinstance(method, _MultiCallable):
+    refused = found.code is Code.UNREACHABLE and any(sign in (error.details() or "") for sign in _REFUSED)
+    if not refused or not isinstance(method, _MultiCallable):
         return found
-    # gRPC says "Socket closed" for every refused handshake; a second one of our own has the reason.
+    # gRPC says "Socket closed" for every refused handshake; a second one of our own has the reason. A peer that went
+    # silent is not asked again: that would only take longer.
     why = await asyncio.to_thread(method.channel.explain)
     return CloisterError(found.code, what=found.what, why=why or found.why, todo=found.todo)
 

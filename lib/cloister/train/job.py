@@ -98,9 +98,7 @@ class Job:
         """Tell the job's watchers of a milestone; `elapsed_s` is how long it took."""
         self.reporter.message(phase, text, elapsed_s)
 
-    def progress(
-        self, epoch: int, epochs: int, step: int, steps: int, *, loss: float, samples_per_s: float
-    ) -> None:
+    def progress(self, epoch: int, epochs: int, step: int, steps: int, *, loss: float, samples_per_s: float) -> None:
         """Publish where this rank is; call as often as you like, the latest call is what is sent."""
         now = self.clock()
         if self._started is None or step < self._started[0]:

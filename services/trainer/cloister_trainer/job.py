@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import enum
 import signal
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from cloister.errors import CloisterError, Code
@@ -58,8 +58,9 @@ class Stop(enum.Enum):
     """What to do with the ranks that still run."""
 
     NO = "no"
-    SOON = "soon"  # after CAUSE_WAIT_S
     NOW = "now"
+    SOON = "soon"  # after CAUSE_WAIT_S: the cause may still be on its way
+    ASKED = "asked"  # they were asked, and get the time that a cancelled job gets
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,7 @@ class JobRecord:
     failures: tuple[Failure, ...] = ()
     cancel_requested: bool = False
     progress: Progress | None = None
+    results: Mapping[str, float] = field(default_factory=dict)  # final figures by name
 
     @property
     def cores(self) -> frozenset[int]:
@@ -197,6 +199,11 @@ def rank_progress(record: JobRecord, rank: int, progress: Progress) -> JobRecord
     return replace(record, progress=replace(progress, samples_per_s=total))
 
 
+def with_results(record: JobRecord, results: Mapping[str, float]) -> JobRecord:
+    """Set the final figures."""
+    return replace(record, results=results)
+
+
 def rank_failed(record: JobRecord, failure: Failure) -> Step:
     """Take a rank's own report of its failure."""
     if any(known.rank == failure.rank for known in record.failures):
@@ -219,9 +226,12 @@ def rank_exited(record: JobRecord, rank: int, exit_code: int, *, stopping: bool,
             step = rank_failed(record, _death(rank, exit_code))
             record, stop = step.record, step.stop
     record = _with_rank(record, replace(record.ranks[rank], state=state, exit_code=exit_code, samples_per_s=0.0))
-    if all(r.state.ended or r.state is RankState.WAITING for r in record.ranks):
-        return Step(_ended(record, now_ms))
-    return Step(record, stop)
+    return Step(ended(record, now_ms=now_ms) if all_gone(record, stopping=stopping) else record, stop)
+
+
+def all_gone(record: JobRecord, *, stopping: bool) -> bool:
+    """Say whether no rank is left; one that was never started counts once the ranks are being stopped."""
+    return all(r.state.ended or (stopping and r.state is RankState.WAITING) for r in record.ranks)
 
 
 def cancel(record: JobRecord, *, now_ms: int) -> Step:
@@ -235,8 +245,8 @@ def cancel(record: JobRecord, *, now_ms: int) -> Step:
         )
     record = replace(record, cancel_requested=True)
     if record.state is JobState.QUEUED:
-        return Step(_ended(record, now_ms))
-    return Step(record, Stop.SOON)
+        return Step(ended(record, now_ms=now_ms))
+    return Step(record, Stop.ASKED)
 
 
 def not_started(record: JobRecord, error: CloisterError, *, now_ms: int) -> JobRecord:
@@ -251,7 +261,7 @@ def cause(record: JobRecord) -> Failure | None:
     return next((f for f in record.failures if f.is_cause), record.failures[0] if record.failures else None)
 
 
-def _ended(record: JobRecord, now_ms: int) -> JobRecord:
+def ended(record: JobRecord, *, now_ms: int) -> JobRecord:
     failure = cause(record)
     if record.cancel_requested:
         state, reason = JobState.CANCELLED, "cancelled by its owner"

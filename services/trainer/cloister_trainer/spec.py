@@ -91,7 +91,9 @@ def parse_spec(message: trainer_pb2.JobSpec) -> JobSpec:
         _refuse("nodes", f"{message.nodes} is not 1 to {MAX_NODES}", "ask for at least one rank")
     args = _args(message)
     if len(message.inputs) > MAX_INPUTS:
-        _refuse("inputs", f"{len(message.inputs)} are more than {MAX_INPUTS}", "put files into fewer sealed directories")
+        _refuse(
+            "inputs", f"{len(message.inputs)} are more than {MAX_INPUTS}", "put files into fewer sealed directories"
+        )
     inputs = tuple(_input(i, entry) for i, entry in enumerate(message.inputs))
     names = [entry.name for entry in inputs]
     if len(set(names)) != len(names):
@@ -147,9 +149,7 @@ def _input(index: int, entry: trainer_pb2.SealedInput) -> InputSpec:
 
 
 def _output(message: trainer_pb2.JobSpec) -> OutputSpec:
-    output = OutputSpec(
-        _directory("output.uri", message.output.uri), _key("output.key_uri", message.output.key_uri)
-    )
+    output = OutputSpec(_directory("output.uri", message.output.uri), _key("output.key_uri", message.output.key_uri))
     for entry in message.inputs:
         source = _directory("inputs.uri", entry.uri)
         if output.directory == source or source in output.directory.parents:

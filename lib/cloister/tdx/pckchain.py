@@ -30,7 +30,12 @@ CA_NAMES: Final = ("Intel SGX PCK Platform CA", "Intel SGX PCK Processor CA")
 LEAF_NAME: Final = "Intel SGX PCK Certificate"
 ECDSA_SHA256: Final = ec.ECDSA(SHA256())
 
-_PEM: Final = re.compile(rb"-----BEGIN CERTIFICATE-----\n([A-Za-z0-9+/=\n]+)\n-----END CERTIFICATE-----\n?")
+# Lines of 64 (RFC 7468, 3), or of 76 as Intel wrote them in the early days.
+_PEM: Final = re.compile(
+    rb"-----BEGIN CERTIFICATE-----\n"
+    rb"((?:[A-Za-z0-9+/]{64}\n)*[A-Za-z0-9+/=]{1,64}|(?:[A-Za-z0-9+/]{76}\n)*[A-Za-z0-9+/=]{1,76})\n"
+    rb"-----END CERTIFICATE-----\n?"
+)
 _CHAIN_LENGTH: Final = 3
 # AlgorithmIdentifier {ecdsa-with-SHA256} without parameters (RFC 5758, 3.2).
 _ECDSA_SHA256_DER: Final = bytes.fromhex("300a06082a8648ce3d040302")
@@ -57,6 +62,7 @@ class _Certificate:
     what: str  # "leaf", "CA", "root"
     issuer_der: bytes
     subject_der: bytes
+    spki_der: bytes
     key: ec.EllipticCurvePublicKey
     valid_from: datetime
     valid_until: datetime
@@ -64,7 +70,7 @@ class _Certificate:
 
 @dataclass(frozen=True, slots=True)
 class TrustRoot:
-    """A root CA that quotes may come from. Only its own bytes count, never a root that came with a quote."""
+    """A root CA that quotes may come from. Only its own bytes are used, never a root that came with a quote."""
 
     certificate_der: bytes
     simulated: bool  # true for a development root: everything under it says so
@@ -120,11 +126,8 @@ def verify_pck_chain(pem: bytes, *, roots: Sequence[TrustRoot], now: datetime) -
     # P1: exactly three certificates, leaf first.
     leaf_der, ca_der, root_der = _split(pem)
 
-    # P2: the last one is a configured root, byte for byte. From here on the configured one stands in for it.
-    root = next((candidate for candidate in roots if candidate.certificate_der == root_der), None)
-    if root is None:
-        fingerprint = hashlib.sha256(root_der).hexdigest()
-        _reject("P2", f"the chain ends in a root that is not configured here (SHA-256 {fingerprint})")
+    # P2: the last one is a configured root, which from here on stands in for it.
+    root = _configured_root(root_der, roots)
     leaf = _load(leaf_der, "leaf")
     ca = _load(ca_der, "CA")
 
@@ -174,15 +177,38 @@ def _split(pem: bytes) -> tuple[bytes, bytes, bytes]:
         block = _PEM.match(pem, offset, end)
         if block is None or len(ders) == _CHAIN_LENGTH:
             _reject("P1", f"not exactly {_CHAIN_LENGTH} PEM certificates")
+        text = block[1].replace(b"\n", b"")
         try:
-            ders.append(base64.b64decode(block[1].replace(b"\n", b""), validate=True))
+            der = base64.b64decode(text, validate=True)
         except binascii.Error:
-            _reject("P1", "a PEM certificate is not base64")
+            raise QuoteRejected("P1", "a PEM certificate is not base64") from None
+        if base64.b64encode(der) != text:
+            _reject("P1", "a PEM certificate is not canonical base64")
+        ders.append(der)
         offset = block.end()
     if len(ders) != _CHAIN_LENGTH:
         _reject("P1", f"{len(ders)} PEM certificates, not {_CHAIN_LENGTH}")
     leaf, ca, root = ders
     return leaf, ca, root
+
+
+def _configured_root(der: bytes, roots: Sequence[TrustRoot]) -> TrustRoot:
+    """Return the configured root that this certificate is, or is another edition of (P2).
+
+    Intel has issued the certificate of its root more than once; quotes of 2022 carry one of path length 0. An edition
+    has the same name and key and is signed by that key. What else it says does not matter: it is not used.
+    """
+    root = next((root for root in roots if root.certificate_der == der), None)
+    if root is not None:
+        return root
+    edition = _load(der, "root")
+    wanted = (edition.subject_der, edition.spki_der)
+    root = next((root for root in roots if (root.certificate.subject_der, root.certificate.spki_der) == wanted), None)
+    if root is None:
+        fingerprint = hashlib.sha256(der).hexdigest()
+        _reject("P2", f"the chain ends in a root that is not configured here (SHA-256 {fingerprint})")
+    _verify_signature(edition, root.certificate.key)
+    return root
 
 
 def _load(der: bytes, what: str) -> _Certificate:
@@ -224,14 +250,14 @@ def _load(der: bytes, what: str) -> _Certificate:
         key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), public_key_info[-65:])
     except ValueError:
         raise QuoteRejected("P3", f"the {what} certificate's key is not a point on P-256") from None
-    return _Certificate(loaded, what, issuer_der, subject_der, key, valid_from, valid_until)
+    return _Certificate(loaded, what, issuer_der, subject_der, public_key_info, key, valid_from, valid_until)
 
 
 def _verify_signature(certificate: _Certificate, key: ec.EllipticCurvePublicKey) -> None:
     try:
         key.verify(certificate.x509.signature, certificate.x509.tbs_certificate_bytes, ECDSA_SHA256)
     except InvalidSignature:
-        raise QuoteRejected("P3", f"the {certificate.what} certificate is not signed by the one above it") from None
+        raise QuoteRejected("P3", f"the {certificate.what} certificate is not signed by the key above it") from None
 
 
 def _constraints(certificate: _Certificate) -> tuple[x509.BasicConstraints, x509.KeyUsage]:

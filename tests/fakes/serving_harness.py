@@ -70,7 +70,12 @@ async def running_worker(
     down = asyncio.Event()
     try:
         worker = await Worker.connect(
-            directory, stockworker.SOCKET_NAME, timeout_s=60, on_down=lambda reason: down.set(), limits=limits
+            directory,
+            stockworker.SOCKET_NAME,
+            pid=process.pid,
+            timeout_s=60,
+            on_down=lambda reason: down.set(),
+            limits=limits,
         )
         started = StartedWorker(process, worker, directory, tail, down)
         before_load(started)

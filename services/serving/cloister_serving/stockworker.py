@@ -9,14 +9,11 @@ not stored and not parsed: a handler can forge the frontend's control lines and 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import fcntl
 import importlib.util
 import io
 import os
 import re
-import resource
-import signal
 import sys
 import zipfile
 from collections.abc import Collection
@@ -25,6 +22,8 @@ from pathlib import Path
 from typing import Final
 
 from cloister.errors import CloisterError, Code
+from cloister.runtime import launch
+from cloister.runtime.descendants import MARK
 from cloister_serving.worker import printable
 
 # The stock worker wants a name that ends in a dot and a number, and a relative one keeps below 107 bytes.
@@ -32,10 +31,10 @@ SOCKET_NAME: Final = "worker.0"
 KEY_SOCKET_NAME: Final = "key.sock"
 KEY_SOCKET_VARIABLE: Final = "CLOISTER_KEY_SOCKET"
 _TAIL_BYTES: Final = 16 << 10  # of the worker's output, kept in memory for the last line of a failed load
-_PR_SET_PDEATHSIG: Final = 1
-_KEPT_VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+# MARK is how a supervisor finds what a handler may have started and left behind.
+_KEPT_VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", MARK)
+_LAUNCH: Final = Path(launch.__file__)
 _EXCEPTION_LINE: Final = re.compile(rb"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Warning)\b.*")
-_prctl: Final = ctypes.CDLL(None, use_errno=True).prctl
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +59,18 @@ class OutputTail:
 
     def __init__(self) -> None:
         self._kept = bytearray()
+        self._keeping = True
 
     async def drain(self, stream: asyncio.StreamReader) -> None:
         """Read until the end, so that the worker never blocks on a full pipe."""
         while chunk := await stream.read(_TAIL_BYTES):
-            self._kept += chunk
-            del self._kept[:-_TAIL_BYTES]
+            if self._keeping:
+                self._kept += chunk
+                del self._kept[:-_TAIL_BYTES]
 
     def forget(self) -> None:
-        """Drop what was kept: from the first request on, it may hold payloads."""
+        """Drop what was kept and keep nothing more: from the first request on, it may hold payloads."""
+        self._keeping = False
         self._kept.clear()
 
     def last_exception(self) -> str:
@@ -128,21 +130,11 @@ def environment(*, handler_fd: int, threads: int, home: Path) -> dict[str, str]:
 async def start(
     directory: Path, *, handler_fd: int, cores: Collection[int], threads: int | None = None
 ) -> asyncio.subprocess.Process:
-    """Start a worker in the directory, pinned before its first instruction; it dies with this process.
-
-    Call it while this process has one thread: the child runs a little Python before it becomes the worker.
-    """
-    parent = os.getpid()
-
-    def prepare() -> None:
-        os.sched_setaffinity(0, cores)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        os.umask(0o077)
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-
+    """Start a worker in the directory, pinned before its first instruction; it dies with this thread."""
+    spelled = ",".join(map(str, sorted(cores)))
+    prepare = [sys.executable, "-I", "-S", str(_LAUNCH), str(os.getpid()), spelled]
     return await asyncio.create_subprocess_exec(
+        *prepare,
         *command(),
         cwd=directory,
         env=environment(handler_fd=handler_fd, threads=threads or len(cores), home=directory),
@@ -151,5 +143,4 @@ async def start(
         stderr=asyncio.subprocess.STDOUT,
         pass_fds=(handler_fd,),
         start_new_session=True,
-        preexec_fn=prepare,
     )

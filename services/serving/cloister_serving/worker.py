@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from cloister.errors import CloisterError, Code
 from cloister_serving import otf
 
 _CONNECT_PAUSE_S: Final = 0.02
+_UCRED: Final = struct.Struct("3i")  # pid, uid, gid (unix(7), SO_PEERCRED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +110,14 @@ class Worker:
         directory: Path,
         socket_name: str,
         *,
+        pid: int,
         timeout_s: float,
         on_down: Callable[[str], None] | None = None,
         limits: WorkerLimits | None = None,
     ) -> Worker:
-        """Connect as soon as the worker listens on the socket in the directory.
+        """Connect as soon as the process `pid` listens on the socket in the directory.
 
-        Raises CloisterError(MODEL_LOAD_FAILED) when it does not within the time.
+        Raises CloisterError(MODEL_LOAD_FAILED) when it does not within the time, or when another process does.
         """
         worker = cls(limits or WorkerLimits(), on_down)
         loop = asyncio.get_running_loop()
@@ -124,7 +128,8 @@ class Worker:
                 while True:
                     with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
                         path = f"/proc/self/fd/{descriptor}/{socket_name}"
-                        await loop.create_unix_connection(lambda: worker._connection, path)
+                        transport, _ = await loop.create_unix_connection(lambda: worker._connection, path)
+                        worker._check_peer(transport, pid)
                         return worker
                     await asyncio.sleep(_CONNECT_PAUSE_S)
         except TimeoutError:
@@ -195,6 +200,20 @@ class Worker:
     def abort(self, reason: str) -> None:
         """Give the worker up, for the reason given."""
         self._connection.abort(reason)
+
+    def _check_peer(self, transport: asyncio.BaseTransport, pid: int) -> None:
+        """Refuse whatever else listens there: the kernel says who called listen(2)."""
+        found, _, _ = _UCRED.unpack(
+            transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        )
+        if found != pid:
+            self.abort("another process listens on the worker's socket")
+            raise CloisterError(
+                Code.MODEL_LOAD_FAILED,
+                what="the model's worker cannot be used",
+                why=self.down_reason,
+                todo="look for a process that writes into the gateway's state directory",
+            )
 
     async def _run(self, request: otf.InferRequest, deadline: float) -> otf.Reply:
         loop = asyncio.get_running_loop()

@@ -59,7 +59,8 @@ def rejection(
 
 @pytest.fixture(scope="module")
 def honest() -> ForgedPlatform:
-    return ForgedPlatform()
+    # Signatures vary in size by a byte or two; base64 of this leaf ends in "==", which some tests take away.
+    return next(platform for platform in iter(ForgedPlatform, None) if len(platform.leaf_der) % 3 == 1)
 
 
 def test_an_unchanged_platform_verifies(honest: ForgedPlatform) -> None:

@@ -32,7 +32,7 @@ INTERESTING = (b"\0", b"\xff", b"\x7f", b"\x80", b"\0\0\0\0", b"\xff\xff\xff\xff
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """Return the bytes after one to four edits; two times in three the size stays, so that deeper checks are reached."""
+    """Return the bytes after one to four edits; mostly the size stays, so that deeper checks are reached."""
     changed = bytearray(data)
     edits = 3 if rng.randrange(3) else 6
     for _ in range(rng.randint(1, 4)):

@@ -26,6 +26,9 @@ def lifeline(descriptor: int) -> None:
     The supervisor holds that end and writes nothing; it closes however the supervisor dies, SIGKILL included.
     """
     os.set_inheritable(descriptor, False)
+    # The kernel's signal covered the time up to here. It would kill this process alone, before it could take its
+    # group with it.
+    _prctl(_PR_SET_PDEATHSIG, 0)
     threading.Thread(target=_hold, args=(descriptor,), name="lifeline", daemon=True).start()
 
 

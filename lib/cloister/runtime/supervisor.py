@@ -2,8 +2,9 @@
 """Processes that do not outlive us: started in sessions of their own, watched, and ended with all they started.
 
 Four nets, each for what slips through the one before: SIGTERM and a grace period; SIGKILL for every descendant found
-in /proc, the ones that ignore SIGTERM or left their session included; PR_SET_PDEATHSIG, when the supervisor itself is
-killed; the lifeline pipe, for programs of ours deeper down.
+in /proc, the ones that ignore SIGTERM or left their session included; and when the supervisor itself is killed, the
+lifeline pipe, on which programs of ours end themselves and their process group, or PR_SET_PDEATHSIG, which ends a
+foreign program (but not what that has started: let a program of ours stand between).
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fakes.sealed_material import content, data_key, sealed_bytes
 
 from cloister.errors import CloisterError, Code
 from cloister.sealed.directory import SealedDirectory, seal_directory
 from cloister.sealed.manifest import MANIFEST_NAME, Manifest
+from fakes.sealed_material import content, data_key, sealed_bytes
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes.sealed_material import content, data_key, opened, sealed_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from cloister.errors import CloisterError, Code
 from cloister.sealed.format import AssociatedData, Header
 from cloister.sealed.segments import STREAM_HEADER_SIZE
 from cloister.sealed.stream import SealedReader
+from fakes.sealed_material import content, data_key, opened, sealed_bytes
 
 SEGMENT = 256
 PLAIN = content(1500)  # six full segments and a shorter one
@@ -39,6 +39,14 @@ def refused(sealed: bytes, *, key: str = "one") -> CloisterError:
     return caught.value
 
 
+def tried(sealed: bytes) -> bytes | Code:
+    """Return the content, or the code of the refusal."""
+    try:
+        return opened(sealed)
+    except CloisterError as error:
+        return error.code
+
+
 def test_an_unchanged_file_opens() -> None:
     assert opened(sealed_bytes(PLAIN, segment_size=SEGMENT)) == PLAIN
 
@@ -50,13 +58,10 @@ def test_no_byte_of_a_file_can_be_changed_unnoticed() -> None:
         for bit in (0x01, 0x80):
             changed = bytearray(sealed)
             changed[position] ^= bit
-            try:
-                plain = opened(bytes(changed))
-            except CloisterError as error:
-                assert error.code is Code.SEALED_FILE_INVALID, position
-            else:
+            outcome = tried(bytes(changed))
+            if outcome is not Code.SEALED_FILE_INVALID:
                 # Only the part that a re-wrap may replace: of no use to a reader who already has the data key.
-                assert plain == PLAIN
+                assert outcome == PLAIN
                 was = Header.read(io.BytesIO(changed))
                 assert replace(was, key_version=header.key_version, wrapped=header.wrapped) == header, position
 
@@ -194,7 +199,4 @@ def test_a_file_mangled_at_random_is_refused_or_unchanged(draw: st.DataObject) -
     start = draw.draw(st.integers(0, len(sealed)))
     end = draw.draw(st.integers(start, min(len(sealed), start + 600)))
     mangled = sealed[:start] + draw.draw(st.binary(max_size=600)) + sealed[end:]
-    try:
-        assert opened(mangled) == PLAIN
-    except CloisterError as error:
-        assert error.code is Code.SEALED_FILE_INVALID
+    assert tried(mangled) in (PLAIN, Code.SEALED_FILE_INVALID)

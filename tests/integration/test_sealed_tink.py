@@ -6,6 +6,8 @@ from __future__ import annotations
 import io
 
 import pytest
+
+from cloister.sealed.format import AssociatedData, Header
 from fakes.sealed_material import (
     boundary_lengths,
     content,
@@ -16,8 +18,6 @@ from fakes.sealed_material import (
     tink_decrypt,
     tink_encrypt,
 )
-
-from cloister.sealed.format import AssociatedData, Header
 
 SEGMENT_SIZES = [64, 100, 256, 4096, 65536]
 

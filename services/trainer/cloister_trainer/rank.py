@@ -25,6 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Final, NoReturn
 
+import cloister.train
 from cloister.errors import CloisterError, Code
 from cloister.guest.enrol import Identity
 from cloister.guest.guest import Guest
@@ -40,6 +41,8 @@ from cloister.runtime.process import harden, lifeline, pin_to_cores
 from cloister.sealed.datakey import DataKey
 from cloister.sealed.directory import Peek, SealedDirectory
 from cloister.tdx import workload
+from cloister.train.job import Job
+from cloister.train.output import Output
 from cloister_trainer.ranklink import LoopThread, RankLink
 from cloister_trainer.rankspec import RankInput, RankSpec
 from cloister_trainer.script import run_script
@@ -132,16 +135,7 @@ class Rank:
         keys: KeyClient,
         link: RankLink,
     ) -> None:
-        # Torch takes seconds to import: after the steps that may be refused.
-        import torch
-
-        import cloister.train
-        from cloister.train.job import Job
-        from cloister.train.output import Output
-        from cloister.train.store import join_process_group
-
         spec = self._spec
-        torch.set_num_threads(1)
         output = None
         if output_keys:
             model_key, checkpoint_key = output_keys
@@ -153,7 +147,6 @@ class Rank:
                 open_key=lambda peek: self._release(keys, peek.key_uri, peek),
                 announcer=link,
             )
-        timeout = timedelta(seconds=spec.collective_timeout_s)
         cloister.train.activate(
             Job(
                 rank=spec.rank,
@@ -163,11 +156,21 @@ class Rank:
                 inputs=inputs,
                 reporter=link,
                 sealed_output=output,
-                join=lambda: join_process_group(link, rank=spec.rank, world_size=spec.world_size, timeout=timeout),
+                join=lambda: self._join(link),
             )
         )
         link.message("running", f"{spec.script_name} on core {spec.core}", 0.0)
         run_script(script, name=spec.script_name, args=spec.args)
+
+    def _join(self, link: RankLink) -> None:
+        # Torch takes seconds to import: only scripts that train pay for it, and nothing that is refused before.
+        import torch
+
+        from cloister.train.store import join_process_group
+
+        torch.set_num_threads(1)
+        timeout = timedelta(seconds=self._spec.collective_timeout_s)
+        join_process_group(link, rank=self._spec.rank, world_size=self._spec.world_size, timeout=timeout)
 
 
 def _peek(entry: RankInput) -> Peek:

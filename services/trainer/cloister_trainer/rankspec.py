@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a coordinator tells a rank, as a JSON file. No secrets: a rank gets keys for what it is, not for what it says."""
+"""What a coordinator tells a rank, as a JSON file. No secrets: a rank gets keys for what it is, not for its word."""
 
 from __future__ import annotations
 

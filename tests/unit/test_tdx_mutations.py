@@ -89,6 +89,7 @@ def test_three_thousand_mutated_logs_end_in_one_error() -> None:
 
 
 @given(st.binary(max_size=2000))
+@settings(deadline=None)  # other processes share these cores
 def test_random_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(QuoteRejected):
         verify_quote(data, roots=[ROOT], now=VERIFIED_AT)
@@ -97,6 +98,7 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 
 
 @given(st.binary(max_size=2000), st.integers(0, len(QUOTE)), st.integers(0, len(QUOTE)))
+@settings(deadline=None)  # other processes share these cores
 def test_what_parses_is_written_as_it_was_read(splice: bytes, start: int, stop: int) -> None:
     data = QUOTE[:start] + splice + QUOTE[stop:]
     try:
@@ -114,13 +116,14 @@ JSON = st.recursive(
 
 
 @given(st.lists(st.fixed_dictionaries(dict.fromkeys(("imr", "event_type", "digest", "event", "event_payload"), JSON))))
-@settings(max_examples=200)
+@settings(deadline=None)  # other processes share these cores
 def test_any_json_in_the_members_of_events_ends_in_one_error(events: list[object]) -> None:
     with contextlib.suppress(EventLogRejected):
         EventLog.parse(json.dumps(events).encode())
 
 
 @given(st.binary(max_size=500))
+@settings(deadline=None)  # other processes share these cores
 def test_random_bytes_are_no_log(data: bytes) -> None:
     with contextlib.suppress(EventLogRejected):
         assert EventLog.parse(data).events == ()

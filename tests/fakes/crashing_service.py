@@ -21,8 +21,8 @@ async def main(config_path: Path, stop: asyncio.Event) -> None:
         case "crash":
             raise RuntimeError(f"it failed with {len(secret_local)}")
         case "core":
-            get_dumpable = 3  # linux/prctl.h
-            print("core", resource.getrlimit(resource.RLIMIT_CORE)[0], ctypes.CDLL(None).prctl(get_dumpable, 0, 0, 0, 0))
+            dumpable = ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)  # PR_GET_DUMPABLE
+            print("core", resource.getrlimit(resource.RLIMIT_CORE)[0], dumpable)
         case _:
             get_logger().info("up")
             await stop.wait()

@@ -40,6 +40,8 @@ class EvidenceFake(evidence_pb2_grpc.EvidenceServiceServicer):
                 await self.leave.wait()
             case "rich":
                 raise CloisterError(Code.KEY_DISABLED, what="the key is disabled", why="its owner said so", todo="ask")
+            case "long":
+                raise CloisterError(Code.KEY_DISABLED, what="评" * 9000, why="评" * 9000, todo="评" * 9000)
             case "crash":
                 raise ValueError("the root key is 0123456789abcdef")
             case "abort":

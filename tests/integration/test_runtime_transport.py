@@ -81,6 +81,15 @@ async def test_a_rich_error_arrives_as_it_was_raised(stub: Any) -> None:
     )
 
 
+async def test_a_long_error_in_any_script_still_arrives(stub: Any) -> None:
+    with pytest.raises(CloisterError) as caught:
+        await ask(stub, "long")
+    assert caught.value.code is Code.KEY_DISABLED
+    for text in (caught.value.what, caught.value.why, caught.value.todo):
+        assert 400 < len(text) <= 500
+        assert set(text) == {"评"}
+
+
 async def test_an_unexpected_error_tells_a_request_id_and_nothing_else(stub: Any, log_lines: Any) -> None:
     with pytest.raises(CloisterError) as caught:
         await ask(stub, "crash")
@@ -239,6 +248,15 @@ async def test_drain_lets_calls_in_flight_end_and_takes_no_new_ones(
     servicer.leave.set()
     assert (await call).role.endswith("/user/alice")
     await drained
+
+
+async def test_a_drain_does_not_wait_for_those_who_watch_health(ca: TestCa, server: GrpcServer) -> None:
+    async with open_channel(server.endpoint, role=Role.KEYBROKER, credentials=ca.credentials(Role.GATEWAY)) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
+        started = time.monotonic()
+        await server.drain(20)
+        assert time.monotonic() - started < 5
 
 
 async def test_drain_ends_calls_that_do_not(server: GrpcServer, servicer: EvidenceFake, stub: Any) -> None:

@@ -17,7 +17,7 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, TypeAlias
 
@@ -49,6 +49,14 @@ class Guard:
     anonymous: bool  # enrolment: TLS authenticates the server only, and the table says which methods that opens
     limits: Limits
     metrics: RpcMetrics
+    watchers: set[asyncio.Task[Any]] = field(default_factory=set)  # health watches never end by themselves
+    released: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def release_watchers(self) -> None:
+        """End what would hold up a drain until its grace is over."""
+        self.released.update(self.watchers)
+        for task in self.released:
+            task.cancel()
 
     def wrap(self, service: str, handlers: Handlers) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """Return the handlers of a service behind the guard; raise TypeError for one that is not async."""
@@ -108,6 +116,10 @@ class _Method:
     async def guarded(self, context: _Context) -> AsyncIterator[None]:
         started = time.monotonic()
         outcome = _Outcome()
+        task = asyncio.current_task()
+        if task is not None and self.service in _QUIET_SERVICES:
+            self.guard.watchers.add(task)
+            task.add_done_callback(self.guard.watchers.discard)
         timer = asyncio.timeout(self._time_allowed(context))
         self.guard.metrics.started(self.kind, self.service, self.name)
         request_id = bind_request_id(_metadata(context, REQUEST_ID_KEY))
@@ -122,6 +134,8 @@ class _Method:
             raise
         except (asyncio.CancelledError, GeneratorExit):
             outcome.code = "CANCELLED"
+            if task in self.guard.released:  # by ourselves: gRPC would send no status, and wait for one
+                await self._abort(context, _stopping(), request_id, outcome)
             raise
         except CloisterError as error:
             await self._abort(context, error, request_id, outcome)
@@ -217,6 +231,10 @@ def _not_allowed(path: str, who: str) -> CloisterError:
         why=f"{path} does not admit {who}",
         todo="use an identity that may, or another method",
     )
+
+
+def _stopping() -> CloisterError:
+    return CloisterError(Code.UNREACHABLE, what="the service is stopping", todo="try again")
 
 
 def _too_late() -> CloisterError:

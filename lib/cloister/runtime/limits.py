@@ -30,6 +30,10 @@ class Limits:
     # A dead peer is noticed after keepalive + ping timeout. Both are needed: keepalive_timeout alone took 60 s.
     keepalive_s: float = 1.0
     ping_timeout_s: float = 1.8
+    # The same from the server's side, with patience: clients in other languages answer pings on the thread that also
+    # does their work, and a client that is gone costs no more than its streams.
+    server_keepalive_s: float = 5.0
+    server_ping_timeout_s: float = 10.0
 
     # Below the life of a certificate (an hour at most), so that a connection is authenticated anew in time.
     max_connection_age_s: float = 900.0

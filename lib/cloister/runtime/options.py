@@ -13,7 +13,7 @@ Options: TypeAlias = list[tuple[str, int | str]]
 def server_options(limits: Limits) -> Options:
     """Return the arguments of a server."""
     return [
-        *_common(limits),
+        *_common(limits, limits.server_keepalive_s, limits.server_ping_timeout_s),
         # Without this a second server on the same port starts, and takes half of the connections.
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", limits.max_streams_per_connection),
@@ -28,7 +28,7 @@ def server_options(limits: Limits) -> Options:
 def channel_options(limits: Limits, target_name: str) -> Options:
     """Return the arguments of a channel to the server whose certificate names `target_name`."""
     return [
-        *_common(limits),
+        *_common(limits, limits.keepalive_s, limits.ping_timeout_s),
         ("grpc.ssl_target_name_override", target_name),
         ("grpc.default_authority", target_name),
         # A proxy named in the environment would be the operator's, and breaks loopback.
@@ -43,16 +43,16 @@ def channel_options(limits: Limits, target_name: str) -> Options:
     ]
 
 
-def _common(limits: Limits) -> Options:
+def _common(limits: Limits, keepalive_s: float, ping_timeout_s: float) -> Options:
     return [
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
         ("grpc.max_metadata_size", limits.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
         # keepalive_timeout alone noticed a black-holed peer after 60 s; with ping_timeout it is the sum of these.
-        ("grpc.keepalive_time_ms", _ms(limits.keepalive_s)),
-        ("grpc.keepalive_timeout_ms", _ms(limits.ping_timeout_s)),
-        ("grpc.http2.ping_timeout_ms", _ms(limits.ping_timeout_s)),
+        ("grpc.keepalive_time_ms", _ms(keepalive_s)),
+        ("grpc.keepalive_timeout_ms", _ms(ping_timeout_s)),
+        ("grpc.http2.ping_timeout_ms", _ms(ping_timeout_s)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
     ]

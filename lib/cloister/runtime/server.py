@@ -68,7 +68,7 @@ class GrpcServer:
         extra = _common_services(self.health, self._names, reflection=reflection)
         everyone = frozenset[Role]() if anonymous else frozenset(Role)
         open_to_all = {f"/{name}/{method}": everyone for name, methods in extra.items() for method in methods}
-        guard = Guard(
+        guard = self._guard = Guard(
             credentials=credentials,
             callers={**callers, **open_to_all},
             anonymous=anonymous,
@@ -103,6 +103,7 @@ class GrpcServer:
     async def drain(self, grace_s: float) -> None:
         """Take no new call, let those in flight end within `grace_s` seconds, cancel the rest."""
         await self.health.shut_down()
+        self._guard.release_watchers()
         if self._server is not None:
             await self._server.stop(grace_s)
             self._server = None

@@ -13,8 +13,10 @@ from grpc_status import rpc_status
 from cloister.errors import GRPC_STATUS, CloisterError, Code, code_from_text
 
 DOMAIN: Final = "cloister.dev"
-# Trailers are limited to 16 KiB and base64 takes a third on top: four texts of this length fit.
-_MAX_TEXT: Final = 2000
+# In UTF-8. Trailers are limited to 16 KiB; there, details grow by a third (base64) and the message up to threefold
+# (percent-encoding): three texts and a message of these sizes fit.
+_MAX_TEXT_BYTES: Final = 1500
+_MAX_MESSAGE_BYTES: Final = 600
 
 
 def to_status(error: CloisterError, request_id: str) -> grpc.Status:
@@ -23,9 +25,9 @@ def to_status(error: CloisterError, request_id: str) -> grpc.Status:
         reason=error.code.text,
         domain=DOMAIN,
         metadata={
-            "what": error.what[:_MAX_TEXT],
-            "why": error.why[:_MAX_TEXT],
-            "todo": error.todo[:_MAX_TEXT],
+            "what": _cut(error.what, _MAX_TEXT_BYTES),
+            "why": _cut(error.why, _MAX_TEXT_BYTES),
+            "todo": _cut(error.todo, _MAX_TEXT_BYTES),
             "request_id": request_id,
         },
     )
@@ -33,7 +35,7 @@ def to_status(error: CloisterError, request_id: str) -> grpc.Status:
     detail.Pack(info)
     status = status_pb2.Status(
         code=code_pb2.Code.Value(GRPC_STATUS[error.kind]),
-        message=f"{error.code.text}: {error.what}"[:_MAX_TEXT],
+        message=_cut(f"{error.code.text}: {error.what}", _MAX_MESSAGE_BYTES),
         details=[detail],
     )
     converted: grpc.Status = rpc_status.to_status(status)
@@ -113,9 +115,13 @@ def _sent_error(error: grpc.aio.AioRpcError) -> CloisterError | None:
         info = error_details_pb2.ErrorInfo()
         if not (detail.Is(info.DESCRIPTOR) and detail.Unpack(info)) or info.domain != DOMAIN:
             continue
-        texts = {name: info.metadata.get(name, "")[:_MAX_TEXT] for name in ("what", "why", "todo")}
+        texts = {name: _cut(info.metadata.get(name, ""), _MAX_TEXT_BYTES) for name in ("what", "why", "todo")}
         code = code_from_text(info.reason)
         if code is None:  # a newer service: keep its text, and its code where people see it
             texts["what"] = f"{texts['what']} ({info.reason[:16]})"
         return CloisterError(code or Code.INTERNAL, **texts)
     return None
+
+
+def _cut(text: str, size_bytes: int) -> str:
+    return text.encode("utf-8", "replace")[:size_bytes].decode("utf-8", "ignore")

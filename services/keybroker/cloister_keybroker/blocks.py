@@ -24,7 +24,7 @@ class BlockReader:
         self._document = document
         self._path = path
         if not isinstance(value, dict):
-            self._refuse(path, "a mapping of blocks is wanted here", "")
+            self._refuse(path, "a block is wanted here", "write a block: keys with values")
         self._members = dict(value)
         self._allowed: list[str] = []
 

@@ -94,7 +94,8 @@ def create_root_key(path: Path) -> None:
 def read_root_key(path: Path) -> RootKey:
     """Read a root key file; raise CloisterError when it is not there, others may read it, or it is no root key."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # NONBLOCK: a pipe in the file's place must not hold the broker up.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise CloisterError(
             Code.FILE_NOT_FOUND,
@@ -104,14 +105,16 @@ def read_root_key(path: Path) -> RootKey:
         ) from None
     except OSError as error:
         raise _refused(path, error.strerror or "input/output error", "name a regular file of your own") from None
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         # Looked at through the descriptor: the file that is checked is the file that is read.
-        status = os.fstat(file.fileno())
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise _refused(path, "it is not a regular file of this user", "name a regular file of your own")
         if status.st_mode & 0o077:
             raise _refused(path, f"others may read it (mode {status.st_mode & 0o777:04o})", f"chmod 600 {path}")
-        data = file.read(_FILE_SIZE_LIMIT + 1)
+        data = os.read(descriptor, _FILE_SIZE_LIMIT + 1)
+    finally:
+        os.close(descriptor)
     if not re.fullmatch(rb"[0-9a-f]{64}\n?", data):
         raise _refused(path, "it is not 64 hexadecimal digits", "restore the file from your backup")
     return RootKey(SecretBytes(bytes.fromhex(data.decode("ascii"))))

@@ -22,24 +22,25 @@ from cloister.sealed.stream import SealedReader
 if TYPE_CHECKING:
     import torch
 
-# safetensors' name of each torch type. Eight-byte types first: sorted so, every tensor is aligned.
+# safetensors' name of each torch type, in the order in which safetensors writes them: large elements first, so that
+# every tensor is aligned.
 _TYPES: Final = {
-    "F64": "float64",
-    "I64": "int64",
     "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
     "C64": "complex64",
     "F32": "float32",
-    "I32": "int32",
     "U32": "uint32",
-    "F16": "float16",
+    "I32": "int32",
     "BF16": "bfloat16",
-    "I16": "int16",
+    "F16": "float16",
     "U16": "uint16",
+    "I16": "int16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
     "I8": "int8",
     "U8": "uint8",
     "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
 }
 _NAMES: Final = {name: tag for tag, name in _TYPES.items()}
 _METADATA: Final = "__metadata__"

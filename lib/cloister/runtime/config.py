@@ -120,7 +120,8 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _from_validation(path: Path, text: str, model: type[BaseModel], error: ValidationError) -> CloisterError:
     problems = error.errors(include_url=False, include_context=True, include_input=False)
-    first = problems[0]
+    # A mistyped key is two problems, an unknown key and a missing one: the unknown one is where the typo stands.
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     location = tuple(first["loc"])
     why = f"{_dotted(location)}: {_reason(first)}"
     if len(problems) > 1:

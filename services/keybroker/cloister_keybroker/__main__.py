@@ -24,6 +24,7 @@ from cloister.identity import Role
 from cloister.runtime.config import load_config
 from cloister.runtime.health import HealthState
 from cloister.runtime.host import serving
+from cloister.runtime.logging import configure
 from cloister.runtime.main import run_service
 from cloister.runtime.metrics import RpcMetrics
 from cloister.runtime.server import GrpcServer
@@ -41,6 +42,7 @@ async def serve(config_path: Path, stop: asyncio.Event) -> None:
     """Verify the store, enrol, serve until `stop`. What is wrong with the store shows before anybody is enrolled."""
     config_bytes = read_measured(config_path).data
     config = load_config(config_path, Config)
+    configure("keybroker", config.service.log_format)
     try:
         hpke.self_test()
     except hpke.HpkeError as error:

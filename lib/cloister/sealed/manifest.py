@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,7 +72,7 @@ class FileEntry:
 
     @classmethod
     def _parse(cls, value: Any) -> FileEntry:
-        if not isinstance(value, dict) or value.keys() != set(cls.__slots__):
+        if not isinstance(value, dict) or value.keys() != _ENTRY_TYPES.keys():
             raise ValueError("an entry of a file has other fields than expected")
         for key, kind in _ENTRY_TYPES.items():
             if type(value[key]) is not kind:
@@ -144,7 +144,7 @@ class Manifest:
             "version": self.version,
             "parent": self.parent.hex(),
             "key_uri": self.key_uri,
-            "files": [asdict(entry) for entry in self.files],
+            "files": [{name: getattr(entry, name) for name in _ENTRY_TYPES} for entry in self.files],
         }
 
     def _mac(self, secret: SecretBytes) -> bytes:

@@ -143,9 +143,7 @@ class Stack:
             async with open_enrolment_channel(self.endpoint("attest", "enrolment"), bundle=self.bundle) as channel:
                 answer = await invoke(
                     attest_pb2_grpc.EnrolmentServiceStub(channel).IssueUserCertificate,
-                    attest_pb2.IssueUserCertificateRequest(
-                        csr_der=request.public_bytes(serialization.Encoding.DER)
-                    ),
+                    attest_pb2.IssueUserCertificateRequest(csr_der=request.public_bytes(serialization.Encoding.DER)),
                     timeout_s=10,
                     what="get a user's certificate",
                 )
@@ -175,7 +173,7 @@ class Stack:
                     [f"spiffe://{TRUST_DOMAIN}/ns/{tenant}/job/*/rank/*"],
                     simulated=True,
                 )
-                await client.create_key(uri, purposes=["train"], policy_yaml=draft.to_yaml().encode())
+                await client.create_key(uri, purposes=["train", "export"], policy_yaml=draft.to_yaml().encode())
             data_key = await client.generate_data_key(uris[0])
             out = self.directory / f"sealed-{self._keys}"
             seal_directory(source, out, data_key=data_key, dataset="tests")
@@ -183,6 +181,13 @@ class Stack:
 
         out = _in_a_loop(work())
         return Provisioned(out, uris[0], uris[1], SealedDirectory.peek(out).manifest_digest)
+
+    def open(self, directory: Path, tenant: str = TENANT) -> SealedDirectory:
+        """Open a sealed directory as its owner."""
+        peek = SealedDirectory.peek(directory)
+        client = OwnerKeyClient(self.user(tenant), self.endpoint("keybroker"))
+        key = _in_a_loop(client.open_data_key(peek.key_uri, key_version=peek.key_version, wrapped=peek.wrapped))
+        return SealedDirectory.open(directory, data_key=key)
 
     def _spawn(self, name: str, arguments: list[str]) -> None:
         with (self.directory / f"{name}.log").open("ab") as log:
@@ -220,8 +225,8 @@ class Stack:
             for tenant, key in self._users.items()
         )
         return (
-            f"{self._service_toml('attest')}[attest]\nbundle_file = \"{self.directory / 'bundle.json'}\"\n"
-            f"[[trust_roots]]\npath = \"{self.directory / 'sim' / 'root.pem'}\"\nsimulated = true\n{services}{users}"
+            f'{self._service_toml("attest")}[attest]\nbundle_file = "{self.directory / "bundle.json"}"\n'
+            f'[[trust_roots]]\npath = "{self.directory / "sim" / "root.pem"}"\nsimulated = true\n{services}{users}'
         )
 
     def _keybroker_toml(self) -> str:

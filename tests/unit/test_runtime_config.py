@@ -84,7 +84,7 @@ def test_paths_are_relative_to_the_file_and_defaults_fill_the_rest(tmp_path: Pat
         ('mode = "embedded"', 'mood = "embedded"', 9, "no such key", "clock_skew_s, extra_paths, mode, root_key_file"),
         ('mode = "embedded"', 'clock_skew_s = "soon"', 9, "integer", "correct"),
         ('root_key_file = "../root.key"\n', "", 7, "keybroker.root_key_file: missing", "add root_key_file"),
-        ("[service]", "[sevice]", 2, "service: missing", "add service"),
+        ("[service]", "[sevice]", 2, "sevice: no such key", "allowed keys: guest, keybroker"),
         ("simulated = true", 'simulated = "perhaps"', 17, "trust_roots[1].simulated", "true, false"),
         ('path = "one.pem"', "path = 5", 13, "trust_roots[0].path", "correct"),
         ('mode = "embedded"', 'mode = "embedded', 9, "not TOML", "correct"),

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from cloister.errors import CloisterError, Code
 from cloister.guest.guest import TdKeys
 from cloister.hpke import HpkeKeyPair
 from cloister.identity import Role
-from cloister.tdx.eventlog import Event
+from cloister.tdx.eventlog import Event, EventLog, EventLogRejected
 from cloister.tdx.workload import BackendClaim, RankClaim
 from cloister_sim.platform import SimulatedPlatform
 from fakes.attest_harness import (
@@ -381,3 +382,46 @@ async def test_refusals_do_not_push_accepted_verdicts_out() -> None:
                 await attest.enrolment.attest(attest_pb2.AttestRequest())
         found = await attest.verdicts.newest(limit=100)
         assert [verdict.accepted for verdict in found] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "field", ["quote", "event_log", "tls_spki_der", "hpke_public_key", "receipt_spki_der", "nonce"]
+)
+async def test_arbitrary_bytes_end_in_a_refusal_that_names_a_check(attest: LocalAttest, field: str) -> None:
+    generator = numbers_from(field)
+    for _ in range(40):
+        request = await attest.request(attest.td(Role.KEYBROKER))
+        honest = getattr(request.evidence, field)
+        spoilt = bytearray(honest)
+        match next(generator) % 4:
+            case 0:
+                spoilt[next(generator) % len(spoilt)] ^= 1 << (next(generator) % 8)
+            case 1:
+                del spoilt[next(generator) % len(spoilt) :]
+            case 2:
+                spoilt += bytes([next(generator) % 256])
+            case _:
+                at = next(generator) % len(spoilt)
+                spoilt[at : at + 4] = b"\xff\xff\xff\xff"
+        if bytes(spoilt) == honest or (field == "event_log" and same_log(honest, bytes(spoilt))):
+            continue
+        setattr(request.evidence, field, bytes(spoilt))
+        with pytest.raises(CloisterError) as caught:
+            await attest.enrolment.attest(request)
+        assert caught.value.code is not Code.INTERNAL
+
+
+def numbers_from(seed: str) -> Iterator[int]:
+    """Yield the same large numbers for the same seed."""
+    state = seed.encode()
+    while True:
+        state = hashlib.sha256(state).digest()
+        yield int.from_bytes(state[:4], "big")
+
+
+def same_log(honest: bytes, spoilt: bytes) -> bool:
+    """Say whether a changed log still says the same (a boot event's payload and type are comments)."""
+    try:
+        return EventLog.parse(honest).replay() == EventLog.parse(spoilt).replay()
+    except EventLogRejected:
+        return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import socket
 
 import pytest
 
@@ -14,7 +15,7 @@ from cloister.errors import CloisterError, Code
 from cloister.guest.enrol import Identity
 from cloister.guest.evidence_service import EVIDENCE_CALLERS, mounted_evidence
 from cloister.identity import Role
-from cloister.runtime.channel import invoke, open_channel
+from cloister.runtime.channel import invoke, open_channel, open_enrolment_channel
 from cloister.runtime.server import GrpcServer
 from fakes.attest_harness import CONFIG, JOB, SCRIPT, AttestProcess, attest_process, measure
 
@@ -120,14 +121,42 @@ async def test_attest_does_not_start_when_its_own_code_is_not_the_configured_one
         assert "service.script" in errors
 
 
+async def test_a_taken_port_is_named_and_nothing_is_left_behind() -> None:
+    async with attest_process() as attest:
+        await attest.stop()
+        bundle = attest.bundle_file.read_bytes()
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            text = attest.config_file.read_text()
+            for section, option in (("[service]", "health_listen"), ("[attest]", "enrolment_listen")):
+                listen = f'{section}\n{option} = "127.0.0.1:{port}"'
+                attest.config_file.write_text(text.replace(section, listen, 1))
+                code, errors = await attest.run_to_end()
+                assert code == 6, errors
+                assert "CLO-1009" in errors
+                assert str(port) in errors
+                assert attest.bundle_file.read_bytes() == bundle
+
+
+async def test_an_address_that_floods_the_open_port_is_slowed_down() -> None:
+    async with attest_process(calls_per_s=1, calls_burst=5) as attest:
+        async with open_enrolment_channel(attest.endpoints["enrolment"], bundle=attest.bundle) as channel:
+            stub = attest_pb2_grpc.EnrolmentServiceStub(channel)
+            for _ in range(5):
+                await invoke(stub.GetTrustBundle, attest_pb2.GetTrustBundleRequest(), timeout_s=5, what="ask")
+            with pytest.raises(CloisterError) as caught:
+                await invoke(stub.Challenge, attest_pb2.ChallengeRequest(role="rank"), timeout_s=5, what="ask")
+        assert caught.value.code is Code.RATE_LIMITED
+
+
 async def test_a_broken_configuration_is_named_with_file_and_line() -> None:
     async with attest_process() as attest:
         await attest.stop()
         text = attest.config_file.read_text()
         for wrong, right, named in (
             ('role = "rank"', 'role = "attest"', "role"),
-            ("sha384:zz", "sha384:", "script"),
-            ("simulated = 7", "simulated = true", "simulated"),
             ("colour = 1\nsimulated = true", "simulated = true", "colour"),
         ):
             attest.config_file.write_text(text.replace(right, wrong, 1))

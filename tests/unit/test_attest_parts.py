@@ -236,6 +236,8 @@ async def test_a_user_gets_twelve_hours_and_the_registered_name(attest: LocalAtt
     assert response.trust_bundle == attest.bundle.to_bytes()
     life_s = response.certificate_not_after_unix_s - attest.clock().timestamp()
     assert 11.9 * 3600 < life_s <= 12 * 3600
+    verdict = (await attest.verdicts.newest(limit=1))[0]
+    assert (verdict.role, verdict.spiffe_id, verdict.accepted) == ("user", response.spiffe_id, True)
 
 
 async def test_a_key_that_is_not_registered_or_not_held_gets_nothing(attest: LocalAttest) -> None:
@@ -250,6 +252,9 @@ async def test_a_key_that_is_not_registered_or_not_held_gets_nothing(attest: Loc
         with pytest.raises(CloisterError) as caught:
             await attest.enrolment.issue_user(attest_pb2.IssueUserCertificateRequest(csr_der=request))
         assert code_of(caught) is code
+        verdict = (await attest.verdicts.newest(limit=1))[0]
+        assert (verdict.role, verdict.spiffe_id, verdict.accepted) == ("user", "", False)
+        assert not verdict.checks[-1].ok
 
 
 # configuration

@@ -22,6 +22,7 @@ from datetime import datetime, timedelta
 import cloister
 from cloister import ear
 from cloister.api.attest.v1 import attest_pb2
+from cloister.api.common.v1 import evidence_pb2
 from cloister.errors import CloisterError, Code
 from cloister.guest.evidence import Checklist, EvidenceRefused, VerifiedEvidence, verify_evidence
 from cloister.identity import Role, SpiffeId
@@ -96,7 +97,7 @@ class Enrolment:
 
     async def attest(self, request: attest_pb2.AttestRequest) -> attest_pb2.AttestResponse:
         """Verify, appraise, issue; raise CloisterError that names the failed check."""
-        checklist, now = Checklist(), self._clock()
+        checklist, now, claimed = Checklist(), self._clock(), request.evidence.role[:32]
         evidence: VerifiedEvidence | None = None
         try:
             self._take_nonce(request, checklist, now)  # 1
@@ -106,16 +107,8 @@ class Enrolment:
             appraisal = await self._appraise(evidence, checklist)  # 4
         except EvidenceRefused as refusal:
             simulated = evidence is not None and evidence.quote.simulated
-            await self._record(request, checklist, None, now=now, simulated=simulated)
-            failed = refusal.checks[-1]
-            get_logger().warning(
-                "enrolment refused",
-                role=request.evidence.role[:32],
-                check=failed.name,
-                wanted=failed.wanted,
-                got=failed.got,
-                error=refusal.code.text,
-            )
+            await self._record(claimed, checklist, None, now=now, simulated=simulated, evidence=request.evidence)
+            self._log_refusal(claimed, refusal)
             raise refusal.public("this TD does not get an identity") from None
         return await self._issue(request, evidence, requested, appraisal, checklist, now)  # 5
 
@@ -123,23 +116,21 @@ class Enrolment:
         self, request: attest_pb2.IssueUserCertificateRequest
     ) -> attest_pb2.IssueUserCertificateResponse:
         """Issue a certificate to the holder of a registered key; the request's signature proves possession."""
-        checklist = Checklist()
+        checklist, now = Checklist(), self._clock()
         try:
             requested = read_request(request.csr_der, checklist)
+            fingerprint = hashlib.sha256(requested.spki_der).digest()
+            user = self._users.get(fingerprint)
+            code, wanted = Code.USER_NOT_REGISTERED, "the SHA-256 of a key in [[users]]"
+            if user is None:
+                checklist.refuse("user.registered", code, wanted=wanted, got=fingerprint.hex())
+            checklist.require("user.registered", True, code, wanted=wanted, got=fingerprint.hex())
         except EvidenceRefused as refusal:
-            raise refusal.public("this request does not get a certificate") from None
-        fingerprint = hashlib.sha256(requested.spki_der).digest()
-        user = self._users.get(fingerprint)
-        if user is None:
-            get_logger().warning("user certificate refused", spki_sha256=fingerprint.hex())
-            raise CloisterError(
-                Code.USER_NOT_REGISTERED,
-                what="this public key is not a registered user's",
-                why=f"its SHA-256 is {fingerprint.hex()}",
-                todo="have the operator add it to [[users]] of attest's configuration",
-            )
-        now = self._clock()
+            await self._record(Role.USER, checklist, None, now=now)
+            self._log_refusal(Role.USER, refusal)
+            raise refusal.public("this key does not get a user's certificate") from None
         issued = self._authority.issue(user, requested.public_key, life=self._terms.user, now=now)
+        await self._record(Role.USER, checklist, user, now=now)
         get_logger().info("user certificate issued", spiffe_id=str(user), not_after=issued.not_after.isoformat())
         return attest_pb2.IssueUserCertificateResponse(
             certificate_chain_pem=issued.chain_pem,
@@ -201,7 +192,7 @@ class Enrolment:
         result = self._result(request, evidence, appraisal, issued, now)
         token = ear.issue(result, key=self._authority.token_key, key_id=self._authority.token_key_id)
         simulated = evidence.quote.simulated
-        await self._record(request, checklist, who, now=now, simulated=simulated)
+        await self._record(who.role, checklist, who, now=now, simulated=simulated, evidence=request.evidence)
         get_logger().info(
             "enrolment accepted",
             spiffe_id=str(who),
@@ -271,23 +262,35 @@ class Enrolment:
 
     async def _record(
         self,
-        request: attest_pb2.AttestRequest,
+        role: str,
         checklist: Checklist,
         who: SpiffeId | None,
         *,
         now: datetime,
-        simulated: bool,
+        simulated: bool = False,
+        evidence: evidence_pb2.Evidence | None = None,
     ) -> None:
         await self._verdicts.add(
             Verdict(
                 time=now,
-                role=request.evidence.role[:32],
+                role=role,
                 tenant=who.tenant if who else "",
                 spiffe_id=str(who) if who else "",
                 accepted=who is not None,
                 simulated=simulated,
                 checks=checklist.checks,
-                quote_digest=sha384(request.evidence.quote),
-                event_log_digest=sha384(request.evidence.event_log),
+                quote_digest=sha384(evidence.quote) if evidence else b"",
+                event_log_digest=sha384(evidence.event_log) if evidence else b"",
             )
+        )
+
+    def _log_refusal(self, role: str, refusal: EvidenceRefused) -> None:
+        failed = refusal.checks[-1]
+        get_logger().warning(
+            "enrolment refused",
+            role=role,
+            check=failed.name,
+            wanted=failed.wanted,
+            got=failed.got,
+            error=refusal.code.text,
         )

@@ -26,7 +26,7 @@ class Verdict:
     accepted: bool
     simulated: bool
     checks: tuple[Check, ...]
-    # SHA-384 of quote and event log: what an archive of evidence would be keyed by.
+    # SHA-384 of quote and event log (empty for users): what an archive of evidence would be keyed by.
     quote_digest: bytes
     event_log_digest: bytes
 

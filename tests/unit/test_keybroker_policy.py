@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from datetime import date, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from cloister.cli.policyfile import PolicyDraft
 from cloister.errors import CloisterError, Code
 from cloister.hpke import KEM_MLKEM768_X25519
 from cloister_keybroker.keys import Purpose
-from cloister_keybroker.policy import SpiffeGlob, canonical, digest_of, parse_policy
+from cloister_keybroker.policy import MEASUREMENTS, TCB_STATUSES, WRAPS, SpiffeGlob, canonical, digest_of, parse_policy
 from fakes.keybroker_harness import KEY, OWNER, Document, as_yaml, policy_document
 
 DIGEST = "sha384:" + "23" * 48
@@ -84,6 +86,20 @@ def test_every_block_of_the_reference_is_read() -> None:
     assert policy.max_age == timedelta(minutes=5)
     assert policy.broker_nonce
     assert (policy.kem_ids, policy.max_per_job, policy.lease) == ((KEM_MLKEM768_X25519,), 8, timedelta(hours=1))
+
+
+def test_the_examples_of_the_reference_page_are_what_the_broker_accepts() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "release-policy.md").read_text()
+    examples = re.findall(r"^```yaml\n(apiVersion.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert len(examples) >= 3
+    for example in examples:
+        parse_policy(example.encode())
+
+
+def test_every_block_of_the_language_is_on_the_reference_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "release-policy.md").read_text()
+    for name in (*MEASUREMENTS, *TCB_STATUSES, *WRAPS, "piid", "on_stale", "environment", "datasets", "lease"):
+        assert name in page, name
 
 
 def test_what_is_left_out_is_strict() -> None:

@@ -204,6 +204,7 @@ def test_a_collateral_rule_denies_because_no_token_states_its_age() -> None:
     ("when", "good", "bad"),
     [
         ({"config": [digest_text(b"\x24" * 48)]}, {}, {"config": b"\x23" * 48}),
+        ({"environment": [digest_text(b"\x21" * 48)]}, {}, {"environment": b"\x22" * 48}),
         ({"datasets": [digest_text(DATASET)]}, {}, {"datasets": ()}),
         ({"datasets": [digest_text(DATASET)]}, {"datasets": (DATASET,)}, {"datasets": (DATASET, b"\x26" * 48)}),
     ],

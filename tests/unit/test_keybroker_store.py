@@ -18,7 +18,7 @@ from cloister.errors import CloisterError, Code
 from cloister.merkle import leaf_hash, root_of
 from cloister_keybroker.backends import KeyRef
 from cloister_keybroker.backends.embedded import WRAPPED_SIZE, EmbeddedBackend
-from cloister_keybroker.entry import Entry, EntryInvalid, LoggedEntry
+from cloister_keybroker.entry import Entry, EntryInvalid, LoggedEntry, Outline
 from cloister_keybroker.keys import KeyState
 from cloister_keybroker.release import Block
 from cloister_keybroker.rootkey import create_root_key, read_root_key
@@ -367,7 +367,11 @@ ENTRIES = st.builds(
 
 @given(ENTRIES, st.integers(0, 2**40), st.integers(0, 2**42))
 def test_an_entry_reads_back_as_it_was_written(entry: Entry, index: int, time_ms: int) -> None:
-    assert LoggedEntry.parse(entry.to_bytes(index=index, time_ms=time_ms)) == LoggedEntry(index, time_ms, entry)
+    data = entry.to_bytes(index=index, time_ms=time_ms)
+    assert LoggedEntry.parse(data) == LoggedEntry(index, time_ms, entry)
+    outline = Outline.parse(data)
+    columns = (entry.tenant, entry.key_uri, entry.job, int(entry.granted), entry.policy_digest)
+    assert (outline.index, outline.columns, outline.record_digest) == (index, columns, entry.record_digest)
 
 
 @given(ENTRIES, st.data())

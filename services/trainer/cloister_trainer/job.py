@@ -267,8 +267,10 @@ def ended(record: JobRecord, *, now_ms: int) -> JobRecord:
         state, reason = JobState.CANCELLED, "cancelled by its owner"
     elif failure:
         state, reason = JobState.FAILED, failure.line
-    else:
+    elif all(rank.state is RankState.SUCCEEDED for rank in record.ranks):
         state, reason = JobState.SUCCEEDED, ""
+    else:
+        state, reason = JobState.FAILED, f"{Code.JOB_FAILED.text}: its ranks were stopped"
     return replace(record, state=state, reason=reason, ended_ms=now_ms)
 
 

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ from cloister_serving.worker import Worker, WorkerLimits
 
 _T = TypeVar("_T")
 _STOP_S: Final = 8.0  # the agent kills its worker at once and ends itself after 5 s at the latest
-_REASON_S: Final = 2.0  # how long to wait for the agent's reason once the worker is gone
+# An interpreter with torch takes seconds to end on a crowded machine; only then does the agent know the reason.
+_REASON_S: Final = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ class AgentBackend:
         self._on_down = on_down
         self._limits = limits or BackendLimits()
         self._timings: dict[str, float] = {}
-        self._agent: asyncio.subprocess.Process | None = None
+        self._agent: subprocess.Popen[bytes] | None = None
         self._lifeline = -1
         self._worker: Worker | None = None
         self._ready = self._stopping = False
@@ -130,11 +132,10 @@ class AgentBackend:
             self._lifeline = -1
         if self._agent is not None:
             try:
-                await asyncio.wait_for(self._agent.wait(), _STOP_S)
+                await asyncio.wait_for(_exited(self._agent), _STOP_S)
             except TimeoutError:
-                with contextlib.suppress(ProcessLookupError):
-                    self._agent.kill()  # the worker dies with it
-                await self._agent.wait()
+                self._agent.kill()  # the worker dies with it
+            await asyncio.to_thread(self._agent.wait)
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
@@ -151,9 +152,11 @@ class AgentBackend:
         arguments = ["--spec", str(spec_path), "--report-fd", str(report_write), "--lifeline-fd", str(lifeline_read)]
         try:
             with self._log_path.open("ab") as log:
-                self._agent = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "cloister_serving.agent", *arguments),
-                    stdin=asyncio.subprocess.DEVNULL,
+                # Not through the event loop: uvloop forks, and a fork runs gRPC's handlers, which may abort the child
+                # while calls are in flight. This one is a vfork, which runs none.
+                self._agent = subprocess.Popen(  # noqa: ASYNC220
+                    [sys.executable, "-m", "cloister_serving.agent", *arguments],
+                    stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     pass_fds=(report_write, lifeline_read),
@@ -263,3 +266,17 @@ class AgentBackend:
         if not self._stopping:
             self._stopping = True
             self._on_down(reason)
+
+
+async def _exited(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a child has ended, without reaping it."""
+    if process.poll() is not None:
+        return
+    descriptor, ended = os.pidfd_open(process.pid), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)

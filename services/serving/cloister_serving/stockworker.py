@@ -34,6 +34,7 @@ _TAIL_BYTES: Final = 16 << 10  # of the worker's output, kept in memory for the 
 # MARK is how a supervisor finds what a handler may have started and left behind.
 _KEPT_VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", MARK)
 _LAUNCH: Final = Path(launch.__file__)
+_MESSAGE_LINES: Final = 3  # of an exception: what, why, todo
 _EXCEPTION_LINE: Final = re.compile(rb"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Warning)\b.*")
 
 
@@ -74,10 +75,12 @@ class OutputTail:
         self._kept.clear()
 
     def last_exception(self) -> str:
-        """Return the last line that looks like a Python exception, printable, or nothing."""
-        for line in reversed(self._kept.split(b"\n")):
-            if _EXCEPTION_LINE.match(line):
-                return printable(line.decode(errors="replace"))
+        """Return the last Python exception in it, with the lines of its message, as one line; or nothing."""
+        lines = self._kept.split(b"\n")
+        for index in range(len(lines) - 1, -1, -1):
+            if _EXCEPTION_LINE.match(lines[index]):
+                message = [line.decode(errors="replace").strip() for line in lines[index : index + _MESSAGE_LINES]]
+                return printable("; ".join(line for line in message if line))
         return ""
 
 

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from cloister.errors import CloisterError, Code
 from cloister_serving import otf
@@ -47,8 +47,7 @@ class _Connection(asyncio.Protocol):
         self.down_reason = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's own class does not say that it is one
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data

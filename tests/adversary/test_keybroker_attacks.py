@@ -6,6 +6,7 @@ Whatever is denied stands in the log with the block that failed, before the call
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import secrets
 from collections.abc import AsyncIterator, Awaitable
@@ -436,6 +437,26 @@ async def test_a_job_gets_a_key_as_often_as_the_policy_says_across_restarts(tmp_
     await broker.td().release()
     await denied(broker, broker.td().release(), Code.RELEASE_DENIED, "release.max_per_job")
     broker.store.close()
+
+
+async def test_releases_that_race_are_counted_one_by_one(broker: Broker) -> None:
+    document = policy_document()
+    document["spec"]["release"]["max_per_job"] = "3"
+    await broker.create_key(document)
+    outcomes = await asyncio.gather(*(broker.td().release() for _ in range(12)), return_exceptions=True)
+    denials = [outcome for outcome in outcomes if isinstance(outcome, CloisterError)]
+    assert len(denials) == 9
+    assert all("release.max_per_job" in denial.what for denial in denials)
+
+
+async def test_a_policy_that_changes_while_keys_are_released_is_obeyed_at_once(broker: Broker) -> None:
+    await broker.create_key()
+    narrow = broker.replace_policy(workload={"script": [digest_text(bytes(48))]})
+    await asyncio.gather(narrow, *(broker.td().release() for _ in range(12)), return_exceptions=True)
+    changed = next(logged.index for logged in await broker.log() if logged.entry.action == "put-policy")
+    for logged in await broker.log():
+        if logged.entry.action == "generate":
+            assert logged.entry.granted == (logged.index < changed)
 
 
 # Wrapped data keys.

@@ -108,6 +108,25 @@ class LoggedEntry:
         return cls(index, time_ms, entry)
 
 
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What the log's own columns repeat, read without the blocks: the whole log is walked at every start."""
+
+    index: int
+    columns: tuple[str, str, str, int, bytes]  # tenant, key_uri, job, granted, policy_digest
+    record_digest: bytes
+
+    @classmethod
+    def parse(cls, data: bytes) -> Outline:
+        """Read the outer fields of an entry; raise EntryInvalid for anything else."""
+        try:
+            fields = parse_tlv(data, label=_LABEL, fields=_FIELDS)
+            tenant, key_uri, job = (fields[i].decode() for i in (3, 4, 9))
+            return cls(_number(fields[0]), (tenant, key_uri, job, int(_flag(fields[6])), fields[11]), fields[14])
+        except ValueError:
+            raise EntryInvalid("not a log entry") from None
+
+
 def _blocks(data: bytes) -> tuple[Block, ...]:
     count, listed = parse_tlv(data, label="block-list", fields=2)
     if _number(count) > MAX_BLOCKS:

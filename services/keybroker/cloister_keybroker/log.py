@@ -19,7 +19,7 @@ import apsw
 from cloister.errors import CloisterError, Code
 from cloister.merkle import Frontier, MerkleError, leaf_hash
 from cloister.tlv import tlv
-from cloister_keybroker.entry import Entry, EntryInvalid, LoggedEntry
+from cloister_keybroker.entry import Entry, EntryInvalid, LoggedEntry, Outline
 from cloister_keybroker.rootkey import RootKey
 
 SCHEMA: Final = """
@@ -109,17 +109,15 @@ def verify(connection: apsw.Connection, root_key: RootKey) -> dict[str, bytes]:
     )
     for idx, *columns, data in rows:
         try:
-            logged = LoggedEntry.parse(data)
+            outline = Outline.parse(data)
         except EntryInvalid:
             raise _damaged(f"entry {idx} is malformed") from None
-        entry = logged.entry
-        said = [entry.tenant, entry.key_uri, entry.job, int(entry.granted), entry.policy_digest]
         # The columns are only an index, but max_per_job counts by them.
-        if logged.index != idx or idx != frontier.size or columns != said:
+        if outline.index != idx or idx != frontier.size or tuple(columns) != outline.columns:
             raise _damaged(f"entry {idx} was moved or relabelled")
         frontier = frontier.appended(leaf_hash(data))
-        if entry.record_digest:
-            records[entry.key_uri] = entry.record_digest
+        if outline.record_digest:
+            records[outline.columns[1]] = outline.record_digest
     if frontier != wanted:
         raise _damaged("entries were changed, added or removed")
     return records

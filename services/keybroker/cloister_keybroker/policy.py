@@ -72,6 +72,7 @@ class WorkloadRule:
     """What the workload must have measured; digests are 48 bytes."""
 
     script: tuple[bytes, ...]
+    environment: tuple[bytes, ...] | None  # installed distributions: what the script runs on
     config: tuple[bytes, ...] | None
     datasets: tuple[bytes, ...] | None
     sealed: bool  # nothing measured after the workload was sealed
@@ -268,11 +269,13 @@ def _measurements(block: BlockReader | None) -> Mapping[str, tuple[bytes, ...]]:
 
 def _workload(block: BlockReader) -> WorkloadRule:
     script = block.each("script", parse_digest, _DIGEST)
-    config = block.each("config", parse_digest, _DIGEST) if block.has("config") else None
-    datasets = block.each("datasets", parse_digest, _DIGEST) if block.has("datasets") else None
+    environment, config, datasets = (
+        block.each(name, parse_digest, _DIGEST) if block.has(name) else None
+        for name in ("environment", "config", "datasets")
+    )
     sealed = block.choice("no_events_after", (SEALED_EVENT,), default="")
     block.end()
-    return WorkloadRule(script, config, datasets, sealed != "")
+    return WorkloadRule(script, environment, config, datasets, sealed != "")
 
 
 def _identities(block: BlockReader | None) -> tuple[SpiffeGlob, ...] | None:

@@ -245,6 +245,8 @@ def _measured(ear: Ear, policy: ReleasePolicy) -> Iterable[Block]:
         yield _one_of(f"measurements.{name}", registers[name], allowed)
     rule, workload = policy.workload, ear.workload
     yield _one_of("workload.script", workload.script, rule.script, "sha384:")
+    if rule.environment is not None:
+        yield _one_of("workload.environment", workload.environment, rule.environment, "sha384:")
     if rule.config is not None:
         yield _one_of("workload.config", workload.config, rule.config, "sha384:")
     if rule.datasets is not None:

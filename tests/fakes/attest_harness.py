@@ -241,6 +241,7 @@ class AttestProcess:
 
     def write_config(self, **scripts: str) -> None:
         """Write the configuration; `scripts` names other digests ("trainer" -> hex) than those installed here."""
+        digest_of_package.cache_clear()  # a test run is long, and code may change in it
         digests = {"attest": digest_of_package("cloister_attest").hex()}
         digests |= {role: SCRIPT.hex() for role in ("keybroker", "trainer", "gateway")} | scripts
         options = "".join(f"{name} = {value}\n" for name, value in self._options.items())

@@ -149,7 +149,7 @@ def test_a_package_is_measured_by_names_and_contents_of_its_sources(
         for path, text in files.items():
             (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / path).write_text(text)
-        measurements.digest_of_sources.cache_clear()
+        measurements.digest_of_package.cache_clear()
         return measurements.digest_of_package(name)
 
     first = digest("measured_a", {"__init__.py": "", "x.py": "1", "sub/y.py": "2"})
@@ -158,16 +158,19 @@ def test_a_package_is_measured_by_names_and_contents_of_its_sources(
     assert digest("measured_a", {"x.py": "2"}) != first
     assert digest("measured_b", {"__init__.py": "", "x.py": "12", "sub/y.py": ""}) != first
     assert digest("measured_c", {"__init__.py": "", "y.py": "1", "sub/x.py": "2"}) != first
-    measurements.digest_of_sources.cache_clear()
+    measurements.digest_of_package.cache_clear()
 
 
 def test_the_digest_of_a_service_covers_the_library_it_stands_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    measurements.digest_of_package.cache_clear()
     before = measurements.digest_of_package("cloister_attest")
+    measurements.digest_of_package.cache_clear()
     sources = measurements.digest_of_sources
     monkeypatch.setattr(
         measurements, "digest_of_sources", lambda name: b"\x66" * 48 if name == "cloister" else sources(name)
     )
     assert measurements.digest_of_package("cloister_attest") != before
+    measurements.digest_of_package.cache_clear()
 
 
 def test_a_package_that_is_not_installed_cannot_be_measured() -> None:

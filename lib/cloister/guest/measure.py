@@ -54,10 +54,16 @@ def read_measured(path: Path) -> Measured:
 
 @functools.cache
 def digest_of_package(name: str) -> bytes:
-    """Return the digest over names and contents of a package's *.py files, wherever it is installed.
+    """Return the digest of a package's code and of this library, on which it stands.
 
-    The package is found, not imported. Raises CloisterError(PREREQUISITE_MISSING) when it is not installed.
+    Names and contents of *.py files count, wherever they are installed. Packages are found, not imported. Raises
+    CloisterError(PREREQUISITE_MISSING) when one is not installed.
     """
+    return sha384(tlv("cloister-package-v1", name, digest_of_sources(name), digest_of_sources("cloister")))
+
+
+def digest_of_sources(name: str) -> bytes:
+    """Return the digest over names and contents of one package's *.py files; errors as for `digest_of_package`."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise CloisterError(
@@ -71,7 +77,7 @@ def digest_of_package(name: str) -> bytes:
         root = Path(location)
         for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
             fields += [path.relative_to(root).as_posix(), path.read_bytes()]
-    return sha384(tlv("cloister-package-v1", name, *fields))
+    return sha384(tlv("cloister-sources-v1", name, *fields))
 
 
 @functools.cache
@@ -87,9 +93,9 @@ def digest_of_environment() -> bytes:
         record = distribution.read_text("RECORD") or ""
         distributions.add((name, distribution.version, sha384(record.encode())))
     fields = [field for distribution in sorted(distributions) for field in distribution]
-    return sha384(tlv("cloister-environment-v1", sys.version, *fields, digest_of_package("cloister")))
+    return sha384(tlv("cloister-environment-v1", sys.version, *fields, digest_of_sources("cloister")))
 
 
 def image_digest() -> bytes:
     """Return what a simulated TD boots from: where there is no image, the library stands for it."""
-    return sha384(tlv("cloister-simulated-image-v1", digest_of_package("cloister")))
+    return sha384(tlv("cloister-simulated-image-v1", digest_of_sources("cloister")))

@@ -58,6 +58,20 @@ async def test_rotation_of_both_sides_and_of_the_ca_fails_no_call() -> None:
     assert calls >= ROTATIONS * 50
 
 
+async def test_a_server_shows_its_new_certificate_from_the_next_handshake_on() -> None:
+    old, new = TestCa(epoch="one"), TestCa(epoch="two")
+    server_side = old.credentials(Role.KEYBROKER, bundle=old.bundle_with(new))
+    only_new = new.credentials(Role.USER)
+    async with evidence_server(server_side) as server:
+        async with evidence_stub(server.endpoint, only_new) as stub:
+            with pytest.raises(CloisterError) as caught:
+                await ask(stub)
+            assert caught.value.code is Code.UNREACHABLE
+        server_side.replace(new.material(Role.KEYBROKER))
+        async with evidence_stub(server.endpoint, only_new) as stub:
+            await ask(stub)
+
+
 async def test_a_call_in_flight_survives_the_change_of_its_channel() -> None:
     ca, servicer = TestCa(), EvidenceFake()
     credentials = ca.credentials(Role.USER)

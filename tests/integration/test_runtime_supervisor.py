@@ -185,6 +185,24 @@ async def test_kill_9_of_the_supervisor_leaves_nothing_within_a_second(tmp_path:
     assert await gone(pids, 5) < 1
 
 
+async def test_a_lifeline_takes_over_from_the_parent_death_signal(tmp_path: Path, supervisor: Supervisor) -> None:
+    # The kernel's signal would end a program before it could take its process group along.
+    program = """
+import ctypes, sys
+from cloister.runtime.process import lifeline
+def death_signal():
+    found = ctypes.c_int()
+    ctypes.CDLL(None).prctl(2, ctypes.byref(found))  # PR_GET_PDEATHSIG
+    return found.value
+print(death_signal(), end=" ")
+lifeline(int(sys.argv[sys.argv.index("--lifeline-fd") + 1]))
+print(death_signal())
+"""
+    child = await start(supervisor, tmp_path, "-c", program, lifeline=True)
+    await asyncio.wait_for(child.wait(), 10)
+    assert child.log_tail() == [f"{int(signal.SIGKILL)} 0"]
+
+
 async def test_output_goes_to_the_log_and_the_environment_is_the_one_given(
     tmp_path: Path, supervisor: Supervisor
 ) -> None:

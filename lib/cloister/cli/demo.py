@@ -34,7 +34,12 @@ if TYPE_CHECKING:
     from cloister.cli.state import StateDirectory
 
 MODEL: Final = "reviews"
-TEXTS: Final = ("房间很干净，服务也好", "屏幕太暗，而且做工粗糙", "内容虽然浅显，但是很有趣")
+# In the words of the generated sample, which knows few others; also the kind of thing that ChnSentiCorp holds.
+TEXTS: Final = (
+    "房间很整洁，而且服务很周到。",
+    "屏幕非常昏暗，并且做工很粗糙。",
+    "虽然纸张很单薄，但是内容非常充实。",
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -69,10 +74,11 @@ def demo(
         nodes=nodes,
         rows=rows,
         seed=seed,
+        keep=keep,
         args=context.meta[JOB_ARGUMENTS],
         report=(report or directory.root / "reports" / f"{_stamp()}.html").absolute(),
     )
-    run_async(_with_stack(run, make_options([], 0, 1, 0, 0, "demo"), keep=keep))
+    run_async(_with_stack(run, make_options([], 0, 1, 0, 0, "demo")))
 
 
 @dataclass(slots=True)
@@ -85,6 +91,7 @@ class Run:
     nodes: int
     rows: int
     seed: int
+    keep: bool
     args: Sequence[str]
     report: Path
     started: float = field(default_factory=time.monotonic)
@@ -113,8 +120,8 @@ class Run:
         self.steps.append((what, time.monotonic() - began))
 
 
-async def _with_stack(run: Run, options: Any, *, keep: bool) -> None:
-    """Tell the story beside a stack; whatever ends it, the stack ends too unless the story succeeded and `keep`."""
+async def _with_stack(run: Run, options: Any) -> None:
+    """Tell the story beside a stack; whatever ends it ends the stack, unless it succeeded and the user keeps it."""
     from cloister.cli.dev import StartPrinter
     from cloister.cli.launch import StackProcess
 
@@ -124,7 +131,7 @@ async def _with_stack(run: Run, options: Any, *, keep: bool) -> None:
     try:
         run.steps.append(("stack up, four services enrolled", await stack.ready(StartPrinter(run.output).show)))
         await _unless_stack_fails(stack, run)
-        if keep:
+        if run.keep:
             stack.release()
             kept = True
     finally:
@@ -148,6 +155,7 @@ async def _unless_stack_fails(stack: StackProcess, run: Run) -> None:
 
 
 async def _story(run: Run) -> None:
+    from cloister.cli.model import remove_model
     from cloister.cli.session import open_session
 
     name = _stamp()
@@ -161,6 +169,11 @@ async def _story(run: Run) -> None:
             await _serving(run, session, scratch / "out" / "model")
             await _predicting(run, session)
             await _ending(run, session, view)
+            if run.keep:
+                _what_now(run, session)
+            else:
+                # The next stack of this state directory would load it again.
+                await remove_model(session, MODEL)
     finally:
         # Also after Ctrl-C: no plaintext stays behind.
         shutil.rmtree(scratch / "plaintext", ignore_errors=True)
@@ -250,9 +263,12 @@ async def _training(run: Run, session: Session, scratch: Path, *, model_uri: str
 
 async def _serving(run: Run, session: Session, sealed: Path) -> None:
     from cloister.cli.measure import handler_path
-    from cloister.cli.model import deploy_model
+    from cloister.cli.model import deploy_model, list_models, remove_model
 
     run.chapter(4, "The sealed model behind TorchServe; its backend enrols like a rank")
+    if any(model["name"] == MODEL for model in await list_models(session)):
+        await remove_model(session, MODEL)
+        run.say("removed the model of an earlier run")
     with run.timed("deploying the model"):
         run.model = await deploy_model(
             session, sealed, name=MODEL, handler_source=handler_path().read_bytes(), cores=[], output=run.output
@@ -307,6 +323,23 @@ async def _ending(run: Run, session: Session, view: JobView) -> None:
         },
         render,
     )
+
+
+def _what_now(run: Run, session: Session) -> None:
+    """Print commands for a stack that stays up."""
+    from cloister.cli.predict import grpcurl_command
+
+    run.say("")
+    run.say("The stack stays up. With grpcurl:")
+    for method, request in (
+        ("cloister.api.serving.v1.InferenceService/Predict", {"model": MODEL, "texts": list(TEXTS[:1])}),
+        ("cloister.api.serving.v1.ModelService/ListModels", {}),
+        ("list", None),
+    ):
+        run.say("   " + grpcurl_command(session, method, request))
+    run.say("Or with this command:")
+    for command in (f"predict --model {MODEL} {TEXTS[1]}", "attest verdicts --checks", "key decisions", "dev down"):
+        run.say(f"   cloister --state {run.state.root} {command}")
 
 
 def _accuracies(job: dict[str, Any]) -> list[tuple[str, float]]:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 async def make_report(run: Run, session: Session, view: JobView) -> RunReport:
     """Return the report of a finished run."""
     verified = await verify_services(session, SERVICES)
-    verdicts = await list_verdicts(session, limit=50)
+    # Those of this stack: attest remembers earlier ones too.
+    since = datetime.fromtimestamp(session.stack.started_unix_s, UTC).isoformat(timespec="milliseconds")
+    verdicts = [verdict for verdict in await list_verdicts(session, limit=200) if verdict["time"] >= since]
     uris = [uri for uri, _ in run.policies]
     decisions = [entry for uri in uris for entry in await list_decisions(session, limit=100, key_uri=uri)]
     certificates = [
@@ -36,7 +38,10 @@ async def make_report(run: Run, session: Session, view: JobView) -> RunReport:
         certificates.append(_row("you", user.leaf))
     results = run.job["results"]
     headline = [(name.replace("_", " "), f"{value:.2%}") for name, value in sorted(results.items()) if "acc" in name]
-    headline += [("seconds in all", f"{run.elapsed_s:.1f}"), ("attested processes", str(len(verdicts)))]
+    headline += [
+        ("seconds in all", f"{run.elapsed_s:.1f}"),
+        ("attested processes", str(len({verdict["spiffe_id"] for verdict in verdicts if verdict["accepted"]}))),
+    ]
     return RunReport(
         title="Sealed data, attested training, confidential serving",
         made=datetime.now(UTC).isoformat(timespec="seconds"),

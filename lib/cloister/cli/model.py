@@ -55,14 +55,7 @@ def deploy(
 def list_(state: State = None, json: Json = False) -> None:
     """List your models."""
 
-    async def work(session: Session) -> list[dict[str, Any]]:
-        from cloister.api.serving.v1 import serving_pb2, serving_pb2_grpc
-
-        stub = serving_pb2_grpc.ModelServiceStub(session.channel("gateway"))
-        answer = await session.call(stub.ListModels, serving_pb2.ListModelsRequest(), what="listing models")
-        return [model_document(model) for model in answer.models]
-
-    found = in_session(state, work)
+    found = in_session(state, list_models)
     Output(as_json=json).rows("models", found, _COLUMNS, empty="no models yet: cloister model deploy --help")
 
 
@@ -71,14 +64,28 @@ def remove(name: NameArgument, state: State = None, json: Json = False) -> None:
     """Stop a model's backend and forget the model."""
 
     async def work(session: Session) -> dict[str, Any]:
-        from cloister.api.serving.v1 import serving_pb2, serving_pb2_grpc
-
-        stub = serving_pb2_grpc.ModelServiceStub(session.channel("gateway"))
-        request = serving_pb2.RemoveModelRequest(name=name)
-        await session.call(stub.RemoveModel, request, what="removing the model", timeout_s=60.0)
+        await remove_model(session, name)
         return {"removed": name}
 
     Output(as_json=json).item(in_session(state, work))
+
+
+async def list_models(session: Session) -> list[dict[str, Any]]:
+    """Return the caller's models as documents."""
+    from cloister.api.serving.v1 import serving_pb2, serving_pb2_grpc
+
+    stub = serving_pb2_grpc.ModelServiceStub(session.channel("gateway"))
+    answer = await session.call(stub.ListModels, serving_pb2.ListModelsRequest(), what="listing models")
+    return [model_document(model) for model in answer.models]
+
+
+async def remove_model(session: Session, name: str) -> None:
+    """Stop a model's backend and forget the model."""
+    from cloister.api.serving.v1 import serving_pb2, serving_pb2_grpc
+
+    stub = serving_pb2_grpc.ModelServiceStub(session.channel("gateway"))
+    request = serving_pb2.RemoveModelRequest(name=name)
+    await session.call(stub.RemoveModel, request, what="removing the model", timeout_s=60.0)
 
 
 async def deploy_model(

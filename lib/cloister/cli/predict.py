@@ -156,10 +156,19 @@ def curl_command(session: Session, model: str, texts: list[str]) -> str:
         "--cert", str(session.state.user_chain),
         "--key", str(session.state.user_key),
         "--resolve", f"{name}:{port}:{host}",
-        "--json", jsonlib.dumps({"texts": texts}, ensure_ascii=False),
+        "-H", "content-type: application/json",
+        "-d", jsonlib.dumps({"texts": texts}, ensure_ascii=False),
         f"https://{name}:{port}{_path(model)}",
     ]  # fmt: skip
     return shlex.join(parts)
+
+
+def grpcurl_command(session: Session, method: str, request: dict[str, Any] | None) -> str:
+    """Return a grpcurl command for the gateway; without a request, one that lists what reflection knows."""
+    parts = ["grpcurl", "-cacert", str(session.state.gateway_ca), "-cert", str(session.state.user_chain)]
+    parts += ["-key", str(session.state.user_key), "-authority", _server_name(session)]
+    parts += ["-d", jsonlib.dumps(request, ensure_ascii=False)] if request is not None else []
+    return shlex.join([*parts, session.stack.endpoint("gateway"), method])
 
 
 def _server_name(session: Session) -> str:
@@ -169,4 +178,4 @@ def _server_name(session: Session) -> str:
 def _path(model: str) -> str:
     from urllib.parse import quote
 
-    return f"/v1/models/{quote(model, safe='')}:predict"
+    return f"/predictions/{quote(model, safe='')}"

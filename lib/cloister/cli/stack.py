@@ -112,7 +112,7 @@ class _Builder:
         certificate = await login.ensure_certificate(state, enrolment=enrolment, force=True)
         stack = Stack(
             supervisor_pid=os.getpid(),
-            started_unix_s=time.time(),
+            started_unix_s=round(time.time() - self.elapsed_s, 3),
             trust_domain=options.trust_domain,
             tenant=options.tenant,
             user=certificate.spiffe_id,

@@ -112,6 +112,7 @@ def gateway_config(places: Places, options: StackOptions, *, attest: Mapping[str
             "service": places.service_section("gateway", options),
             "guest": places.guest_section(attest["enrolment"]),
             "serving": {
+                "attest_endpoint": attest["grpc"],
                 "https_listen": f"127.0.0.1:{options.https_port}",
                 "keybroker_endpoint": keybroker,
                 "gateway_cores": [options.gateway_core],

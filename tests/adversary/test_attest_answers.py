@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -121,6 +123,26 @@ async def test_results_are_renewed_when_half_of_their_life_is_over(attest: Local
     assert await rank.attested() is first
     attest.clock.turn(seconds=2)
     assert await rank.attested() is not first
+
+
+async def test_a_certificate_about_to_end_is_not_shown_even_with_a_young_result(attest: LocalAttest) -> None:
+    short = replace(attest.enrolment._terms, svid=timedelta(seconds=40))
+    attest.enrolment._terms = short
+    identity = await attest.enrol(attest.td(Role.TRAINER))
+    first = await identity.attested()
+    attest.clock.turn(seconds=29)
+    assert await identity.attested() is first
+    attest.clock.turn(seconds=2)
+    assert await identity.attested() is not first
+
+
+async def test_an_expired_identity_says_so(attest: LocalAttest, rank: Identity) -> None:
+    attest.clock.turn(hours=1, seconds=1)
+    with pytest.raises(CloisterError) as caught:
+        rank.current()
+    assert caught.value.code is Code.CERTIFICATE_EXPIRED
+    await rank.refresh()
+    assert rank.current().not_after > attest.clock()
 
 
 # the broker's answers

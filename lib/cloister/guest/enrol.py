@@ -166,13 +166,15 @@ class Identity:
     async def attested(self, relying_party_nonce: bytes | None = None) -> Attested:
         """Return certificate and attestation result that belong together: over this nonce, or current ones.
 
-        Without a nonce the held result is good while half of its life is left.
+        Without a nonce the held ones are good while half of the result's life, and a quarter of the certificate's, is
+        left.
         """
-        held = self._held()
         if relying_party_nonce:
             return await self.refresh(relying_party_nonce)
-        half = held.ear.issued_at + (held.ear.expires_at - held.ear.issued_at) / 2
-        return held if self._clock() < half else await self.refresh()
+        held, now = self._held(), self._clock()
+        result_due = held.ear.issued_at + (held.ear.expires_at - held.ear.issued_at) / 2
+        certificate_due = held.obtained_at + (held.material.not_after - held.obtained_at) * 0.75
+        return held if now < min(result_due, certificate_due) else await self.refresh()
 
     async def attestation_result(self, relying_party_nonce: bytes | None = None) -> str:
         """Return a fresh attestation result (JWT). It is bound to the certificate that is current from now on."""
@@ -182,6 +184,7 @@ class Identity:
         """Renew in the background from now on, at half of each certificate's life; `jitter` gives 0.0 to 1.0."""
         if self._renewal is None:
             self._renewal = asyncio.create_task(self._renew_forever(jitter), name="certificate renewal")
+            self._renewal.add_done_callback(_log_end)
 
     async def aclose(self) -> None:
         """Stop renewing, and end the TD's use of its platform."""
@@ -278,6 +281,12 @@ class Identity:
                 )
             else:
                 failures = 0
+
+
+def _log_end(task: asyncio.Task[None]) -> None:
+    """Log a renewal that ended by an error nobody expected: the certificate will run out."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        get_logger().critical("certificate renewal has ended", exc_info=error)
 
 
 def _unusable(why: str) -> NoReturn:

@@ -121,7 +121,7 @@ class Enrolment:
             requested = read_request(request.csr_der, checklist)
             fingerprint = hashlib.sha256(requested.spki_der).digest()
             user = self._users.get(fingerprint)
-            code, wanted = Code.USER_NOT_REGISTERED, "the SHA-256 of a key in [[users]]"
+            code, wanted = Code.USER_NOT_REGISTERED, "the SHA-256 of a registered user's key"
             if user is None:
                 checklist.refuse("user.registered", code, wanted=wanted, got=fingerprint.hex())
             checklist.require("user.registered", True, code, wanted=wanted, got=fingerprint.hex())

@@ -37,7 +37,7 @@ def read_request(csr_der: bytes, checklist: Checklist) -> RequestedKey:
     except (ValueError, TypeError, UnsupportedAlgorithm):
         checklist.refuse("csr.form", code, wanted="a PKCS#10 request", got="something else")
     checklist.require("csr.form", True, code, wanted="a PKCS#10 request", got="a PKCS#10 request")
-    checklist.require("csr.signature", signed, code, wanted="signed by its own key", got=signed)
+    checklist.require("csr.signature", signed, code, wanted="verifies", got="verifies" if signed else "does not")
     key = load_p256_spki(spki)
     if key is None:
         checklist.refuse("csr.algorithm", code, wanted="a P-256 key", got="another kind of key")

@@ -24,15 +24,21 @@ from cloister.api.attest.v1 import attest_pb2, attest_pb2_grpc
 from cloister.api.trainer.v1 import trainer_pb2 as pb
 from cloister.api.trainer.v1 import trainer_pb2_grpc as pb_grpc
 from cloister.cli.policyfile import PolicyDraft
-from cloister.guest.measure import digest_of_package
+from cloister.errors import CloisterError
+from cloister.guest.enrol import Identity
+from cloister.guest.guest import Guest
+from cloister.guest.measure import digest_of_environment, digest_of_package
 from cloister.guest.owner import OwnerKeyClient
 from cloister.identity import Role
+from cloister.protocol import job_config_digest
 from cloister.runtime.bundle import TrustBundle
 from cloister.runtime.channel import invoke, open_channel, open_enrolment_channel, stream
 from cloister.runtime.credentials import StaticCredentials, TlsMaterial
 from cloister.runtime.endpoints import read_endpoints
+from cloister.sealed.datakey import DataKey
 from cloister.sealed.directory import SealedDirectory, seal_directory
 from cloister.secret import SecretBytes
+from cloister.tdx import workload
 from cloister.tlv import sha384
 
 TRUST_DOMAIN = "cloister.test"
@@ -184,10 +190,16 @@ class Stack:
 
     def open(self, directory: Path, tenant: str = TENANT) -> SealedDirectory:
         """Open a sealed directory as its owner."""
-        peek = SealedDirectory.peek(directory)
+        return SealedDirectory.open(directory, data_key=self.open_key(directory, tenant))
+
+    def open_key(self, sealed: Path | Provisioned, tenant: str = TENANT) -> DataKey:
+        """Return the data key of a sealed directory to its owner."""
+        peek = SealedDirectory.peek(sealed.directory if isinstance(sealed, Provisioned) else sealed)
         client = OwnerKeyClient(self.user(tenant), self.endpoint("keybroker"))
-        key = _in_a_loop(client.open_data_key(peek.key_uri, key_version=peek.key_version, wrapped=peek.wrapped))
-        return SealedDirectory.open(directory, data_key=key)
+        key: DataKey = _in_a_loop(
+            client.open_data_key(peek.key_uri, key_version=peek.key_version, wrapped=peek.wrapped)
+        )
+        return key
 
     def _spawn(self, name: str, arguments: list[str]) -> None:
         with (self.directory / f"{name}.log").open("ab") as log:
@@ -301,6 +313,27 @@ async def client_of(stack: Stack, tenant: str = TENANT) -> AsyncIterator[Client]
     credentials = await asyncio.to_thread(stack.user, tenant)
     async with open_channel(stack.endpoint("trainer"), role=Role.TRAINER, credentials=credentials) as channel:
         yield Client(channel)
+
+
+async def enrol_as_rank(
+    stack: Stack, job: pb.Job, rank: int = 0, *, tenant: str = TENANT, world_size: int = 0, script: bytes = b""
+) -> Identity:
+    """Enrol this process's own simulated TD as a rank of a job, by claims that may be false."""
+    nodes = world_size or job.spec.nodes
+    guest = Guest.open(f"simulated:{stack.directory / 'sim.sock'}")
+    config = job_config_digest(args=job.spec.args, nodes=nodes, seed=job.spec.seed, inputs=[], output_key_uri="")
+    guest.measure(workload.ENVIRONMENT, digest_of_environment())
+    guest.measure(workload.TRUST_BUNDLE, stack.bundle.digest)
+    guest.measure(workload.SCRIPT, sha384(script or job.spec.script))
+    guest.measure(workload.CONFIG, config)
+    guest.measure(workload.RANK, workload.RankClaim(tenant, job.job_id, rank, nodes).to_payload())
+    guest.seal(Role.RANK)
+    endpoint = stack.endpoint("attest", "enrolment")
+    try:
+        return await Identity.enrol(guest, attest_endpoint=endpoint, bundle=stack.bundle)
+    except CloisterError:
+        guest.close()
+        raise
 
 
 def spec(script: str | bytes, *, nodes: int = 1, **fields: Any) -> pb.JobSpec:

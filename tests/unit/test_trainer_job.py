@@ -129,7 +129,7 @@ def test_a_rank_that_was_never_started_counts_only_once_the_job_is_being_stopped
 
 def test_a_job_that_cannot_be_started_fails_with_that_reason() -> None:
     error = CloisterError(Code.UNREACHABLE, what="attest cannot be reached", why="refused")
-    record = jobs.not_started(queued(), error, now_ms=9)
+    record = jobs.ended(jobs.not_started(queued(), error), now_ms=9)
     assert (record.state, record.reason) == (JobState.FAILED, "CLO-1101: attest cannot be reached (refused)")
 
 

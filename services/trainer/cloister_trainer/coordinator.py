@@ -76,7 +76,8 @@ class Coordinator:
                 try:
                     jobs.check_cores(record.spec, self._cores)
                 except CloisterError as error:  # there are fewer cores than when it was submitted
-                    await live.apply(jobs.not_started(record, error, now_ms=self._now_ms()))
+                    failed = jobs.ended(jobs.not_started(record, error), now_ms=self._now_ms())
+                    await live.apply(failed)
                 else:
                     self._live[record.job_id] = live
                 continue
@@ -216,9 +217,9 @@ class Coordinator:
                 if live.stopping.is_set():  # decided while this rank was being started, and did not reach it
                     await self._launcher.stop(process, 0.0)
         except CloisterError as error:
+            live.record = jobs.not_started(live.record, error)
+            live.stopping.set()
             await self._stop_ranks(live, grace_s=0.0)
-            if not live.ended.is_set():
-                await self._end(live, jobs.not_started(live.record, error, now_ms=self._now_ms()))
         stopping = live.stopping.is_set() or live.record.cancel_requested
         if not live.ended.is_set() and jobs.all_gone(live.record, stopping=stopping):
             await self._end(live, jobs.ended(live.record, now_ms=self._now_ms()))
@@ -243,14 +244,18 @@ class Coordinator:
         self._act(live, step.stop)
 
     async def _end(self, live: LiveJob, record: JobRecord) -> None:
-        """Store a job's end, free its cores and see who is next."""
+        """Store a job's end, once; free its cores and see who is next."""
+        if live.ending:
+            return
+        live.ending = True
         events = []
         failure = jobs.cause(record)
         if record.state is JobState.FAILED and failure is not None:
-            tail = await asyncio.to_thread(self._launcher.log_tail, record.job_id, failure.rank, _FAILURE_LOG_LINES)
             told = [text for text in (f"{failure.code}: {failure.what}", failure.why, failure.todo) if text]
-            text = "\n".join([*told, "", f"last lines of rank {failure.rank}'s log:", *tail])
-            events.append(wire.message_event(failure.rank, "failed", text))
+            if failure.rank >= 0:
+                tail = await asyncio.to_thread(self._launcher.log_tail, record.job_id, failure.rank, _FAILURE_LOG_LINES)
+                told += ["", f"last lines of rank {failure.rank}'s log:", *tail]
+            events.append(wire.message_event(failure.rank, "failed", "\n".join(told)))
         get_logger().info("job ended", job_id=record.job_id, state=record.state.name, reason=record.reason)
         await live.apply(record, events)
         self._live.pop(record.job_id, None)

@@ -65,9 +65,9 @@ class Stop(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a rank failed: by its own report, or by how its process ended."""
+    """Why a job failed: by a rank's own report, by how its process ended, or because it could not be started."""
 
-    rank: int
+    rank: int  # -1: no rank's fault
     code: str
     what: str
     why: str = ""
@@ -80,8 +80,9 @@ class Failure:
     @property
     def line(self) -> str:
         """One line for people."""
+        who = f"rank {self.rank}: " if self.rank >= 0 else ""
         why = f" ({self.why})" if self.why else ""
-        return " ".join(f"rank {self.rank}: {self.code}: {self.what}{why}".split())
+        return " ".join(f"{who}{self.code}: {self.what}{why}".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,11 +250,10 @@ def cancel(record: JobRecord, *, now_ms: int) -> Step:
     return Step(record, Stop.ASKED)
 
 
-def not_started(record: JobRecord, error: CloisterError, *, now_ms: int) -> JobRecord:
-    """End a job that could not be started, for a reason outside of its ranks."""
-    why = f" ({error.why})" if error.why else ""
-    reason = f"{error.code.text}: {error.what}{why}"
-    return replace(record, state=JobState.FAILED, reason=reason, ended_ms=now_ms)
+def not_started(record: JobRecord, error: CloisterError) -> JobRecord:
+    """Note that a job cannot be started, or not all of its ranks; it ends when those that were are gone."""
+    failure = Failure(-1, error.code.text, error.what, error.why, error.todo)
+    return replace(record, failures=(*record.failures, failure))
 
 
 def cause(record: JobRecord) -> Failure | None:

@@ -27,6 +27,7 @@ class LiveJob:
         self.key_space = KeySpace()
         self.ended = asyncio.Event()
         self.stopping = asyncio.Event()  # the ranks were told to end
+        self.ending = False  # its end is being stored
         self.last_progress_ms: dict[int, int] = {}  # of each rank, when one was last kept
         self._journal = journal
         self._now_ms = now_ms

@@ -144,6 +144,7 @@ async def running_gateway(directory: Path, backend_cores: Sequence[int] = (1,)) 
         models=ModelStore(directory / "models.sqlite"),
         archives=ArchiveStore(directory / "archives"),
         run_directory=directory / "run",
+        log_directory=directory / "logs",
         backend_cores=backend_cores,
         launcher=launch,
         registry=registry,

@@ -14,6 +14,7 @@ import pytest
 
 from cloister.api.serving.v1 import serving_pb2
 from cloister.errors import CloisterError, Code
+from cloister.tlv import sha384
 from cloister_serving.pinning import cores_of_threads
 from fakes.serving_stack import HANDLER, Stack, running_stack, tiny_model
 
@@ -96,7 +97,7 @@ async def test_a_sealed_model_is_served_and_its_plaintext_is_nowhere(stack: Stac
     assert not alive(again.backend_process_id)
     assert children(gateway) == []
     left = [path for path in stack.state.service_directory("gateway").rglob("*") if path.is_file()]
-    assert {path.name for path in left if "sqlite" not in path.name and path.suffix != ".log"} == set()
+    assert {path.name for path in left if "sqlite" not in path.name} == set()
 
 
 async def test_a_gateway_that_was_killed_leaves_no_process_and_serves_again_after_its_restart(stack: Stack) -> None:
@@ -141,6 +142,21 @@ async def test_a_key_for_training_alone_is_not_released_for_serving(stack: Stack
     with pytest.raises(CloisterError) as caught:
         await stack.deploy(archive)
     assert caught.value.code is Code.RELEASE_DENIED
+
+
+async def test_an_archive_that_was_swapped_in_the_store_is_noticed(stack: Stack) -> None:
+    handler = HANDLER.read_bytes()
+    await stack.create_key(handler)
+    archive, _ = await stack.sealed_archive(tiny_model(), handler)
+    other, _ = await stack.sealed_archive(tiny_model(), handler)
+    await stack.deploy(archive, "first")
+    (stored,) = stack.state.service_directory("gateway").rglob("*.mar")
+    stored.write_bytes(other)
+    request = serving_pb2.DeployModelRequest(name="second", archive_digest=sha384(archive))
+    with pytest.raises(CloisterError) as caught:
+        await stack.call("ModelService", "DeployModel", request)
+    assert caught.value.code is Code.ARCHIVE_INVALID
+    assert "not the one that was uploaded" in caught.value.what
 
 
 async def test_a_model_that_is_not_whole_says_which_file_it_lacks(stack: Stack) -> None:

@@ -29,24 +29,20 @@ def code_of(error: pytest.ExceptionInfo[CloisterError]) -> Code:
     return error.value.code
 
 
-def test_a_ready_model_of_ones_own_tenant_answers() -> None:
-    assert router.route({MODEL.key: MODEL}, tenant="hospital-a", name="reviews") is MODEL
+def test_a_ready_model_answers() -> None:
+    assert router.route(MODEL, name="reviews") is MODEL
 
 
-def test_another_tenants_model_is_as_absent_as_one_that_never_was() -> None:
-    with pytest.raises(CloisterError) as other:
-        router.route({MODEL.key: MODEL}, tenant="hospital-b", name="reviews")
-    with pytest.raises(CloisterError) as never:
-        router.route({}, tenant="hospital-b", name="reviews")
-    assert code_of(other) is Code.MODEL_NOT_FOUND
-    assert str(other.value) == str(never.value)
+def test_a_model_that_is_not_there_is_not_found() -> None:
+    with pytest.raises(CloisterError, match="you have no model reviews") as caught:
+        router.route(None, name="reviews")
+    assert code_of(caught) is Code.MODEL_NOT_FOUND
 
 
 @pytest.mark.parametrize("state", [State.LOADING, State.FAILED])
 def test_a_model_that_is_not_ready_is_unavailable(state: State) -> None:
-    model = replace(MODEL, state=state, reason="the worker ended")
     with pytest.raises(CloisterError) as caught:
-        router.route({model.key: model}, tenant="hospital-a", name="reviews")
+        router.route(replace(MODEL, state=state, reason="the worker ended"), name="reviews")
     assert code_of(caught) is Code.BACKEND_DOWN
 
 

@@ -57,6 +57,7 @@ async def main(config_path: Path, stop: asyncio.Event) -> None:
             models=ModelStore(section.state_dir / "models.sqlite"),
             archives=ArchiveStore(plan.archive_dir),
             run_directory=section.state_dir / "run",
+            log_directory=section.state_dir / "logs",
             backend_cores=plan.backend_cores,
             launcher=_launcher(config),
             registry=AttestRegistry(attest),
@@ -101,7 +102,7 @@ def _launcher(config: GatewayConfig) -> Callable[[Launch, Callable[[str], None]]
         return AgentBackend(
             spec,
             about.handler_name,
-            log_path=config.service.state_dir / "logs" / f"{about.model.tenant}-{about.model.name}.log",
+            log_path=about.log,
             on_down=on_down,
             limits=BackendLimits(load_s=config.serving.load_timeout_s),
         )

@@ -155,7 +155,7 @@ class AgentBackend:
                 # Not through the event loop: uvloop forks, and a fork runs gRPC's handlers, which may abort the child
                 # while calls are in flight. This one is a vfork, which runs none.
                 self._agent = subprocess.Popen(  # noqa: ASYNC220
-                    [sys.executable, "-m", "cloister_serving.agent", *arguments],
+                    [sys.executable, "-P", "-m", "cloister_serving.agent", *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

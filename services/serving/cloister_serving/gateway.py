@@ -38,6 +38,7 @@ class Launch:
     handler_name: str
     archive: Path
     directory: Path  # private; does not exist yet
+    log: Path
 
 
 # Makes a backend that is not started yet; the second argument is called when it ends unasked.
@@ -74,6 +75,7 @@ class Gateway:
         models: ModelStore,
         archives: ArchiveStore,
         run_directory: Path,
+        log_directory: Path,
         backend_cores: Sequence[int],
         launcher: Launcher,
         registry: Registry,
@@ -81,6 +83,7 @@ class Gateway:
         self._models = models
         self.archives = archives
         self._run_directory = run_directory
+        self._log_directory = log_directory
         self._backend_cores = tuple(backend_cores)
         self._launcher = launcher
         self._registry = registry
@@ -126,6 +129,7 @@ class Gateway:
                 raise router.not_found(name)
             await self._stop(deployed, "the model was removed")
             await self._models.delete(tenant, name)
+            self._log_path(deployed.record).unlink(missing_ok=True)
             digest = deployed.record.archive_digest
             others = (one.record for one in self._deployed.values())
             if not any(other.tenant == tenant and other.archive_digest == digest for other in others):
@@ -135,10 +139,10 @@ class Gateway:
         self, tenant: str, name: str, texts: Sequence[str], *, request_id: str, deadline: float
     ) -> tuple[ModelRecord, tuple[Prediction, ...]]:
         """Answer texts with a tenant's model; the deadline is a time of the event loop."""
-        records = {key: one.record for key, one in self._deployed.items() if key == (tenant, name)}
-        record = router.route(records, tenant=tenant, name=name)
+        deployed = self._deployed.get((tenant, name))
+        record = router.route(deployed.record if deployed else None, name=name)
         router.check_texts(texts)
-        backend = self._deployed[record.key].backend
+        backend = deployed.backend if deployed else None
         if backend is None:
             raise RuntimeError("a model that is ready has a backend")
         body = router.body_of(texts)
@@ -183,6 +187,7 @@ class Gateway:
             handler_name=archive.handler_name,
             archive=self.archives.path(record.tenant, record.archive_digest),
             directory=self._run_directory / backend_id,
+            log=self._log_path(record),
         )
         deployed = _Deployed(record, launch)
         self._deployed[record.key] = deployed
@@ -247,6 +252,10 @@ class Gateway:
         if deployed.launch is not None:
             launch, deployed.launch = deployed.launch, None
             await self._registry.close(launch)
+
+    def _log_path(self, record: ModelRecord) -> Path:
+        # Neither name holds a dot, so two models never share a file.
+        return self._log_directory / f"{record.tenant}.{record.name}.log"
 
     @staticmethod
     def _shown(deployed: _Deployed) -> ModelRecord:

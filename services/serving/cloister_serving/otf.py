@@ -43,8 +43,8 @@ class OtfLimits:
     text_bytes: int = 4096  # a message, phrase, header, request id: names and one-line texts
     items: int = 256  # predictions in one reply: a batch is never larger
     headers: int = 64  # of one prediction
-    body_bytes: int = 16 << 20  # of one prediction: 256 answers are below 100 KiB
-    reply_bytes: int = 32 << 20  # the whole reply, so that a worker cannot make the gateway buffer without end
+    body_bytes: int = 4 << 20  # of one prediction: 256 labels of 256 characters are below 400 KiB
+    reply_bytes: int = 8 << 20  # the whole reply, so that a worker cannot make the gateway buffer without end
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,9 +131,8 @@ def not_found(name: str) -> CloisterError:
     )
 
 
-def route(models: Mapping[tuple[str, str], ModelRecord], *, tenant: str, name: str) -> ModelRecord:
-    """Return the model that answers a request of this tenant, or say why none does."""
-    model = models.get((tenant, name))
+def route(model: ModelRecord | None, *, name: str) -> ModelRecord:
+    """Return the model that answers, or say why none does; `model` is what the caller's tenant has of this name."""
     if model is None:
         raise not_found(name)
     if model.state is State.READY:

@@ -12,6 +12,7 @@ import asyncio
 import fcntl
 import importlib.util
 import io
+import itertools
 import os
 import re
 import sys
@@ -36,6 +37,9 @@ _KEPT_VARIABLES: Final = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "VI
 _LAUNCH: Final = Path(launch.__file__)
 _MESSAGE_LINES: Final = 3  # of an exception: what, why, todo
 _EXCEPTION_LINE: Final = re.compile(rb"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Warning)\b.*")
+# What the worker makes of a handler's RuntimeError before it ends, and what it prints behind one.
+_WORKERS_OWN: Final = re.compile(rb"RuntimeError: \d{3} - ")
+_NEXT: Final = re.compile(rb"Traceback |Backend worker process died")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +82,10 @@ class OutputTail:
         """Return the last Python exception in it, with the lines of its message, as one line; or nothing."""
         lines = self._kept.split(b"\n")
         for index in range(len(lines) - 1, -1, -1):
-            if _EXCEPTION_LINE.match(lines[index]):
-                message = [line.decode(errors="replace").strip() for line in lines[index : index + _MESSAGE_LINES]]
-                return printable("; ".join(line for line in message if line))
+            if _EXCEPTION_LINE.match(lines[index]) and not _WORKERS_OWN.match(lines[index]):
+                message = itertools.takewhile(lambda line: not _NEXT.match(line), lines[index : index + _MESSAGE_LINES])
+                texts = [line.decode(errors="replace").strip() for line in message]
+                return printable("; ".join(text for text in texts if text))
         return ""
 
 

@@ -32,7 +32,8 @@ class WorkerLimits:
 
     waiting: int = 64  # requests in the queue: at some 10 ms each, more would expire there anyway
     hang_s: float = 60.0  # a prediction that runs longer will not come back: the worker is given up
-    reply: otf.OtfLimits = field(default_factory=otf.OtfLimits)
+    # One request goes out at a time, so one prediction comes back; more would be parsed again with every chunk.
+    reply: otf.OtfLimits = field(default_factory=lambda: otf.OtfLimits(items=1))
 
 
 class _Connection(asyncio.Protocol):

@@ -139,15 +139,19 @@ def _qe_report(attestation_key: bytes) -> QeReport:
     return QeReport(
         cpu_svn=pki.CPU_SVN,
         misc_select=bytes(4),
-        reserved_1=bytes(28),
+        reserved_1=bytes(12),
+        isv_ext_prod_id=bytes(16),
         attributes=bytes.fromhex("1500000000000000e700000000000000"),  # initialised, 64-bit, provision key
         mr_enclave=hashlib.sha256(b"simulated quoting enclave").digest(),
         reserved_2=bytes(32),
         mr_signer=hashlib.sha256(b"signer of the simulated quoting enclave").digest(),
-        reserved_3=bytes(96),
+        reserved_3=bytes(32),
+        config_id=bytes(64),
         isv_prod_id=(2).to_bytes(2, "little"),
         isv_svn=(4).to_bytes(2, "little"),
-        reserved_4=bytes(60),
+        config_svn=bytes(2),
+        reserved_4=bytes(42),
+        isv_family_id=bytes(16),
         report_data=hashlib.sha256(attestation_key + _QE_AUTH_DATA).digest() + bytes(32),
     )
 

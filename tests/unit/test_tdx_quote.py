@@ -138,7 +138,7 @@ def test_sizes_are_limited_before_anything_is_read() -> None:
     assert Quote.parse(QUOTE + bytes(MAX_QUOTE_SIZE - len(QUOTE))).version == 4
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 3, 5, 6, 0x0400, 0xFFFF])
+@pytest.mark.parametrize("version", [0, 1, 2, 6, 0x0400, 0xFFFF])
 def test_other_versions_are_refused(version: int) -> None:
     assert rejection(with_u16(0, version)) == "H2"
 
@@ -226,7 +226,7 @@ def test_values_of_wrong_sizes_do_not_exist() -> None:
     body = Quote.parse(QUOTE).body
     with pytest.raises(ValueError, match="TdBody"):
         dataclasses.replace(body, report_data=bytes(63))
-    with pytest.raises(ValueError, match="QeReport"):
+    with pytest.raises(ValueError, match="SgxReport"):
         dataclasses.replace(QeReport.parse(bytes(384)), isv_svn=b"\0")
     assert TdBody.parse(body.to_bytes()) == body
 

@@ -95,7 +95,7 @@ def verify_quote(data: bytes, *, roots: Sequence[TrustRoot], now: datetime) -> V
     checks.append(Check("E4", True, "0 < r, s < n; a key on the curve", "as wanted"))
 
     # 5. E1: the platform vouches for its quoting enclave, ...
-    _verify("E1", chain.pck_key, report_signature, signature.qe_report, "the PCK key did not sign the QE report")
+    _verify("E1", chain.leaf.key, report_signature, signature.qe_report, "the PCK key did not sign the QE report")
     checks.append(Check("E1", True, "QE report signed by the PCK key", "verifies"))
     # E2: ... which vouches for the attestation key.
     report = QeReport.parse(signature.qe_report)

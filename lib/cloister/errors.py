@@ -113,6 +113,11 @@ class Code(enum.Enum):
     )
     BUNDLE_INVALID = CodeInfo(1212, Kind.UNAUTHENTIC, "the trust bundle is malformed or not the expected one")
     WORKLOAD_EXISTS = CodeInfo(1213, Kind.EXISTS, "a workload of this name is registered, and is another or closed")
+    COLLATERAL_EXPIRED = CodeInfo(1220, Kind.STATE, "the collateral of this platform family is past its time")
+    COLLATERAL_NOT_YET_VALID = CodeInfo(1221, Kind.STATE, "collateral was issued after what this machine's clock says")
+    COLLATERAL_NOT_FOUND = CodeInfo(1222, Kind.NOT_FOUND, "there is no collateral for this platform family")
+    COLLATERAL_UNAVAILABLE = CodeInfo(1223, Kind.UNAVAILABLE, "collateral could not be fetched")
+    COLLATERAL_INVALID = CodeInfo(1224, Kind.UNAUTHENTIC, "collateral does not verify, or is older than known")
     # 1300: keys
     KEY_NOT_FOUND = CodeInfo(1301, Kind.NOT_FOUND, "no such key of yours")
     KEY_EXISTS = CodeInfo(1302, Kind.EXISTS, "a key of this name exists")

@@ -25,7 +25,12 @@ from cloister.cli.stack import last_words, readable
 from cloister.cli.stackconfig import StackOptions
 from cloister.cli.state import StateDirectory
 from cloister.errors import CloisterError, Code
+from cloister.runtime.config import load_config
+from cloister_attest.config import AttestConfig
+from cloister_keybroker.config import Config as KeybrokerConfig
 from cloister_keybroker.policy import parse_policy
+from cloister_serving.config import GatewayConfig
+from cloister_trainer.config import TrainerConfig
 
 DIGEST = "sha384:" + 48 * "ab"
 OWNER = "spiffe://cloister.test/ns/demo/user/owner"
@@ -87,6 +92,23 @@ class TestConfiguration:
         assert [entry["role"] for entry in found["services"]] == ["attest", "keybroker", "trainer", "gateway"]
         assert found["trust_roots"] == [{"path": str(places.state.platform / "root.pem"), "simulated": True}]
 
+    def test_every_service_accepts_what_is_written_for_it(self, tmp_path: Path) -> None:
+        places, options = stackconfig.Places(StateDirectory(tmp_path), tmp_path / "p.sock"), StackOptions()
+        attest = {"grpc": "127.0.0.1:1", "enrolment": "127.0.0.1:2"}
+        digests = dict.fromkeys(stackconfig.PACKAGES, DIGEST)
+        texts = {
+            AttestConfig: stackconfig.attest_config(places, options, digests=digests, user_spki_sha256=64 * "0"),
+            KeybrokerConfig: stackconfig.keybroker_config(
+                places, options, attest_enrolment=attest["enrolment"], root_key=tmp_path / "root.key"
+            ),
+            TrainerConfig: stackconfig.trainer_config(places, options, attest=attest, keybroker="127.0.0.1:3"),
+            GatewayConfig: stackconfig.gateway_config(places, options, attest=attest, keybroker="127.0.0.1:3"),
+        }
+        for number, (model, text) in enumerate(texts.items()):
+            path = tmp_path / f"{number}.toml"
+            path.write_text(text, encoding="utf-8")
+            load_config(path, model)
+
     def test_a_control_character_is_no_configuration_value(self) -> None:
         with pytest.raises(ValueError, match="control character"):
             stackconfig.render_toml({"a": {"b": "c\nd = 1"}})
@@ -133,6 +155,13 @@ class TestLogs:
         log.write_text("".join(f"line {number}\n" for number in range(9)) + "\n")
         assert last_words(log) == ["line 5", "line 6", "line 7", "line 8"]
         assert last_words(tmp_path / "none.log") == []
+
+    def test_what_was_printed_behind_the_last_record_says_more_than_the_record(self, tmp_path: Path) -> None:
+        log = tmp_path / "x.log"
+        log.write_text('{"event": "started"}\n{"event": "stopped by an error"}\nCLO-1001: bad\nwhy\ntodo\n')
+        assert last_words(log) == ["CLO-1001: bad", "why", "todo"]
+        log.write_text('{"event": "started"}\n{"event": "ended", "code": 1}\n')
+        assert last_words(log) == ["started", "ended  code=1"]
 
 
 def event(rank: int = 0, **kind: Any) -> trainer_pb2.Event:

@@ -102,8 +102,9 @@ class UserCertificate:
     def is_due(self, *, bundle: TrustBundle, key: ec.EllipticCurvePrivateKey, now: datetime) -> bool:
         """Say whether to fetch a new one: half its life is over, or its issuer or key is not the present one."""
         start, end = self.leaf.not_valid_before_utc, self.leaf.not_valid_after_utc
-        present = x509.load_pem_x509_certificate(bundle.intermediates[Role.USER])
-        return now >= start + (end - start) / 2 or self.issuer != present or self.leaf.public_key() != key.public_key()
+        trusted = x509.load_pem_x509_certificates(bundle.intermediate(Role.USER))
+        half_over = now >= start + (end - start) / 2
+        return half_over or self.issuer not in trusted or self.leaf.public_key() != key.public_key()
 
 
 def read_bundle(state: StateDirectory) -> TrustBundle:
@@ -152,7 +153,7 @@ async def _fetch(
     finally:
         await channel.close()
     write_atomically(state.user_chain, answer.certificate_chain_pem, mode=0o600)
-    write_atomically(state.gateway_ca, bundle.intermediates[Role.GATEWAY], mode=0o644)
+    write_atomically(state.gateway_ca, bundle.intermediate(Role.GATEWAY), mode=0o644)
     issued = UserCertificate.read(state)
     if issued is None or issued.leaf.public_key() != key.public_key():
         raise CloisterError(

@@ -75,7 +75,6 @@ def render_report(report: RunReport) -> str:
         report=report,
         loss_chart=Markup(loss),  # noqa: S704 (made of numbers and escaped titles in chart.py)
         accuracy_chart=Markup(accuracy),  # noqa: S704
-        total_s=sum(seconds for _, seconds in report.steps),
         longest_s=max((seconds for _, seconds in report.steps), default=1.0) or 1.0,
     )
 

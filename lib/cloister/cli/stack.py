@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -228,20 +229,17 @@ def _died(name: str, exit_code: int | None, words: list[str], log: Path | None) 
 
 
 def last_words(log: Path) -> list[str]:
-    """Return the last lines of a log that say something: plain text as it is, JSON as its event and error."""
+    """Return the last lines of a log that say something: what was printed behind the last record, or else records."""
     try:
         with log.open("rb") as handle:
             handle.seek(max(0, log.stat().st_size - 16384))
             lines = handle.read().decode(errors="replace").splitlines()
     except OSError:
         return []
-    words: list[str] = []
-    for line in reversed(lines):
-        if text := readable(line):
-            words.insert(0, text)
-        if len(words) == _LAST_WORDS:
-            break
-    return words
+    spoken = [line for line in lines if line.strip()]
+    printed = list(itertools.takewhile(lambda line: not line.startswith("{"), reversed(spoken)))
+    chosen = list(reversed(printed)) if printed else spoken
+    return [readable(line) for line in chosen[-_LAST_WORDS:]]
 
 
 def readable(line: str) -> str:

@@ -1,122 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where quotes come from: the platform under this TD, behind one small interface.
+"""Where quotes come from: the platform under this TD, named by one URI.
 
-`simulated:<socket path>` talks to a simulated platform (one connection is one TD). Frames there are a 4-byte
-big-endian length and a body: op byte and payload to the platform, status byte (0 is good) and payload back.
+    simulated:<socket path>                      a TD of a simulated platform (one connection is one TD)
+    configfs:[?journal=<path>]                   a TDX TD, quotes through configfs-tsm (Linux 6.7)
+    tdx-guest:[?qgs=<address>][&journal=<path>]  a TDX TD, /dev/tdx_guest and the host's quote generation service
+                                                 at vsock:<cid>:<port> (default vsock:2:4050) or unix:<path>
+
+Both real ones extend RTMRs through tsm-mr (Linux 6.16) and read the boot log from ACPI. `journal` is a file in a
+tmpfs (docs/quote-providers.md) that lets a service start again in a running TD.
 """
 
 from __future__ import annotations
 
-import socket
-import threading
-from typing import Final, NoReturn, Protocol
+from pathlib import Path
+from typing import Final
 
 from cloister.errors import CloisterError, Code
-from cloister.tdx.quote import MAX_QUOTE_SIZE
-from cloister.tdx.reportdata import REPORT_DATA_SIZE
+from cloister.guest.providers.base import QuoteProvider, QuoteSource
+from cloister.guest.providers.bootlog import read_boot_log
+from cloister.guest.providers.configfs import ConfigfsQuotes
+from cloister.guest.providers.journal import Journal, read_boot_id
+from cloister.guest.providers.kernel import Kernel
+from cloister.guest.providers.options import parse_options
+from cloister.guest.providers.qgs import HOST, QgsAddress, QgsClient
+from cloister.guest.providers.registers import Registers
+from cloister.guest.providers.simulated import SimulatedProvider
+from cloister.guest.providers.td import TdProvider
+from cloister.guest.providers.tdxguest import TdxGuestQuotes
 
 SIMULATED: Final = "simulated"
-_TIMEOUT_S: Final = 10.0  # a quote takes milliseconds; a real quoting enclave up to a second under load
-_MAX_ANSWER: Final = 1024 * 1024 + 1  # a boot event log of 1 MiB behind its status byte
-_DIGEST_SIZE: Final = 48
+CONFIGFS: Final = "configfs"
+TDX_GUEST: Final = "tdx-guest"
+
+__all__ = ["CONFIGFS", "SIMULATED", "TDX_GUEST", "QuoteProvider", "SimulatedProvider", "open_provider"]
 
 
-class QuoteProvider(Protocol):
-    """One TD's view of its platform. Raises CloisterError(QUOTE_PROVIDER_FAILED) when the platform does not answer."""
-
-    @property
-    def boot_log(self) -> bytes:
-        """Event log (JSON) of what was measured before this code ran: RTMR0..2."""
-
-    def extend(self, index: int, digest: bytes) -> bytes:
-        """Extend RTMR2 or RTMR3 with 48 bytes; return the register's new value."""
-
-    def quote(self, report_data: bytes) -> bytes:
-        """Return a TD quote over 64 bytes."""
-
-    def close(self) -> None:
-        """End the use of the platform; a simulated TD ends with it."""
-
-
-def open_provider(uri: str, image_digest: bytes) -> QuoteProvider:
+def open_provider(uri: str, image_digest: bytes, *, kernel: Kernel | None = None) -> QuoteProvider:
     """Open the provider that `uri` names. `image_digest` (48 bytes) is what a simulated TD boots from.
 
-    Raises CloisterError(CONFIG_INVALID) for an unknown scheme.
+    Raises CloisterError: CONFIG_INVALID for a URI that is none of the three, QUOTE_PROVIDER_FAILED when the platform
+    is not there or is not as its own records say.
     """
     scheme, _, rest = uri.partition(":")
+    kernel = kernel or Kernel()
     if scheme == SIMULATED and rest:
         return SimulatedProvider(rest, image_digest)
+    if scheme == CONFIGFS:
+        options = parse_options(uri, rest, ("journal",))
+        return _open_td(kernel, ConfigfsQuotes(kernel.reports, kernel.files), options)
+    if scheme == TDX_GUEST:
+        options = parse_options(uri, rest, ("journal", "qgs"))
+        qgs = QgsClient(QgsAddress.parse(options["qgs"]) if "qgs" in options else HOST)
+        return _open_td(kernel, TdxGuestQuotes(kernel.device, kernel.ioctl, qgs), options)
     raise CloisterError(
         Code.CONFIG_INVALID,
-        what=f"{uri!r} names no quote provider",
-        why=f"allowed: {SIMULATED}:<path of the simulated platform's socket>",
+        what=f"{uri[:200]!r} names no quote provider",
+        why=f"allowed: {SIMULATED}:<path of the simulated platform's socket>, {CONFIGFS}:, {TDX_GUEST}:",
         todo="correct guest.provider in the configuration",
     )
 
 
-class SimulatedProvider:
-    """A TD of a simulated platform, over its Unix socket. Safe from several threads."""
-
-    def __init__(self, path: str, image_digest: bytes) -> None:
-        self._lock = threading.Lock()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(_TIMEOUT_S)
-        try:
-            self._socket.connect(path)
-            self._boot_log = self._call(b"L" + image_digest)
-        except (OSError, CloisterError) as error:
-            self._socket.close()
-            if isinstance(error, CloisterError):
-                raise
-            self._fail(error.strerror or str(error))
-
-    @property
-    def boot_log(self) -> bytes:
-        return self._boot_log
-
-    def extend(self, index: int, digest: bytes) -> bytes:
-        return self._call(b"E" + bytes([index]) + digest, size=_DIGEST_SIZE)
-
-    def quote(self, report_data: bytes) -> bytes:
-        if len(report_data) != REPORT_DATA_SIZE:
-            raise ValueError(f"report data has {REPORT_DATA_SIZE} bytes, not {len(report_data)}")
-        quote = self._call(b"Q" + report_data)
-        if len(quote) > MAX_QUOTE_SIZE:
-            self._fail(f"a quote of {len(quote)} bytes")
-        return quote
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def _call(self, body: bytes, *, size: int | None = None) -> bytes:
-        with self._lock:
-            try:
-                self._socket.sendall(len(body).to_bytes(4, "big") + body)
-                length = int.from_bytes(self._receive(4), "big")
-                if not 0 < length <= _MAX_ANSWER:
-                    self._fail(f"an answer of {length} bytes")
-                answer = self._receive(length)
-            except OSError as error:
-                self._fail(error.strerror or str(error))
-        if answer[0] != 0:
-            self._fail(answer[1:501].decode("utf-8", "replace"))
-        if size is not None and len(answer) != size + 1:
-            self._fail(f"{len(answer) - 1} bytes where {size} were due")
-        return answer[1:]
-
-    def _receive(self, size: int) -> bytes:
-        parts = bytearray()
-        while len(parts) < size:
-            part = self._socket.recv(size - len(parts))
-            if not part:
-                self._fail("the platform closed the connection")
-            parts += part
-        return bytes(parts)
-
-    def _fail(self, why: str) -> NoReturn:
-        raise CloisterError(
-            Code.QUOTE_PROVIDER_FAILED,
-            what="the simulated platform gave no answer that can be used",
-            why=why,
-            todo="check that the platform process runs and that guest.provider names its socket",
-        )
+def _open_td(kernel: Kernel, quotes: QuoteSource, options: dict[str, str]) -> TdProvider:
+    registers = Registers(kernel.measurements, kernel.files)
+    registers.read(3)  # first, because it says best what is missing where there is no TDX
+    boot_log = read_boot_log(kernel.acpi, kernel.files)
+    journal = None
+    if "journal" in options:
+        journal = Journal(Path(options["journal"]), read_boot_id(kernel.boot_id, kernel.files))
+    try:
+        return TdProvider(boot_log=boot_log, registers=registers, quotes=quotes, journal=journal)
+    except BaseException:
+        if journal is not None:
+            journal.close()
+        raise

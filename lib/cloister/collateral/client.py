@@ -24,6 +24,7 @@ from cloister.collateral.decode import MAX_CHAIN_BYTES, Answer
 from cloister.collateral.failures import Failure, FetchFailed, kind_text
 from cloister.collateral.resources import CollateralServer, DocumentKind, Resource, origin
 from cloister.errors import CloisterError, Code
+from cloister.tdx.crl import MAX_CRL_SIZE
 
 Clock = Callable[[], datetime]
 _DIGITS: Final = re.compile(r"[0-9]{1,9}")
@@ -36,8 +37,8 @@ class ClientLimits:
 
     # TCB info has 20 KB today, QE identity 1 KB.
     max_json_bytes: int = 1024 * 1024
-    # 100,000 revocations are 4 MB of DER; in hexadecimal they are 8.
-    max_crl_bytes: int = 8 * 1024 * 1024
+    # What is read of a CRL at most, in hexadecimal.
+    max_crl_bytes: int = 2 * MAX_CRL_SIZE
     connect_s: float = 5.0
     # From the first byte sent to the last received: a server that drips does not get more.
     total_s: float = 30.0

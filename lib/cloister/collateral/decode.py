@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -12,6 +10,8 @@ from urllib.parse import unquote_to_bytes
 
 from cloister.collateral.failures import Failure, FetchFailed
 from cloister.collateral.resources import DocumentKind
+from cloister.tdx.crl import to_der
+from cloister.tdx.quote import QuoteRejected
 
 MAX_CHAIN_BYTES: Final = 16 * 1024  # two certificates have 2 KB
 
@@ -25,10 +25,9 @@ _SIGNED: Final = {
     )
     for kind, member in _SIGNED_MEMBER.items()
 }
-_HEX: Final = re.compile(rb"\s*((?:[0-9A-Fa-f]{2})+)\s*")
-_PEM_CRL: Final = re.compile(rb"\s*-----BEGIN X509 CRL-----\s([A-Za-z0-9+/=\s]+)-----END X509 CRL-----\s*")
 _PEM_CHAIN: Final = re.compile(rb"(?:-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\r\n]+-----END CERTIFICATE-----\s*){1,4}")
-_DER_SEQUENCE: Final = b"\x30"
+_DER_SEQUENCE: Final = b"\x30"  # hexadecimal digits of the same begin with "3", which is 33
+_SPACE: Final = b" \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +69,11 @@ def split_signed(kind: DocumentKind, body: bytes) -> tuple[bytes, bytes]:
 
 def decode_crl(body: bytes) -> bytes:
     """Return the DER of a CRL that came as DER, PEM or hexadecimal digits, whatever the server called it."""
-    if body.startswith(_DER_SEQUENCE):  # hexadecimal digits of the same begin with "3"
-        return body
-    digits = _HEX.fullmatch(body)
-    if digits is not None:
-        return bytes.fromhex(digits[1].decode("ascii"))
-    pem = _PEM_CRL.fullmatch(body)
-    if pem is not None:
-        try:
-            return base64.b64decode(b"".join(pem[1].split()), validate=True)
-        except binascii.Error:
-            raise FetchFailed(Failure.NOT_COLLATERAL, "a CRL in PEM is not base64") from None
-    what = "HTML" if looks_like_html(body) else "neither DER nor PEM nor hexadecimal"
-    raise FetchFailed(Failure.NOT_COLLATERAL, f"the answer is {what}, not a CRL")
+    try:
+        return to_der(body.strip(_SPACE) if not body.startswith(_DER_SEQUENCE) else body, "CRL")
+    except QuoteRejected as rejected:
+        what = "the answer is HTML, not a CRL" if looks_like_html(body) else rejected.reason
+        raise FetchFailed(Failure.NOT_COLLATERAL, what) from None
 
 
 def decode_chain(header: str) -> bytes:

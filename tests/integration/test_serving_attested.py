@@ -134,11 +134,9 @@ async def test_a_key_that_the_policy_does_not_release_is_the_reason_the_user_rea
     assert [model.state for model in listed] == [serving_pb2.MODEL_STATE_FAILED]
     assert children(stack.processes["gateway"].pid) == []
 
-
-async def test_a_key_for_training_alone_is_not_released_for_serving(stack: Stack) -> None:
-    handler = HANDLER.read_bytes()
-    await stack.create_key(handler, purposes=("train",))
-    archive, _ = await stack.sealed_archive(tiny_model(), handler)
+    training_only = "cloister-key://demo/models/training-only"
+    await stack.create_key(handler, purposes=("train",), uri=training_only)
+    archive, _ = await stack.sealed_archive(tiny_model(), handler, uri=training_only)
     with pytest.raises(CloisterError) as caught:
         await stack.deploy(archive)
     assert caught.value.code is Code.RELEASE_DENIED

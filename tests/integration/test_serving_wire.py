@@ -146,6 +146,30 @@ async def test_a_deadline_that_passes_is_an_error_and_the_model_answers_the_next
     assert (await served.post(["a"], who=alice))[0] == 200
 
 
+async def test_a_queued_request_whose_client_leaves_is_not_run(served: Served) -> None:
+    await served.started.deploy()
+    alice = served.material(ALICE)
+    first, second = served.started.directory / "first", served.started.directory / "second"
+    os.mkfifo(first)
+    os.mkfifo(second)
+    running = asyncio.create_task(served.post([f"wait:{first}"], who=alice))
+    while not Path(f"{first}.started").exists():
+        await asyncio.sleep(0.01)
+    leaving = asyncio.create_task(served.post([f"wait:{second}"], who=alice))
+    worker = served.started.backends[0].worker
+    assert worker is not None
+    while worker.queued < 2:
+        await asyncio.sleep(0.01)
+    leaving.cancel()
+    async with asyncio.timeout(5):
+        while worker.queued > 1:
+            await asyncio.sleep(0.01)
+    first.write_text("")
+    assert (await running)[0] == 200
+    assert (await served.post(["a"], who=alice))[0] == 200
+    assert not Path(f"{second}.started").exists()
+
+
 async def test_https_answers_json_and_plain_text(served: Served) -> None:
     await served.started.deploy()
     alice = served.material(ALICE)

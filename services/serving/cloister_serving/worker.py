@@ -102,7 +102,7 @@ class Worker:
         self._limits = limits
         self._connection = _Connection(limits.reply, on_down)
         self._turn = asyncio.Lock()
-        self._waiting = 0
+        self.queued = 0  # requests that wait or run
 
     @classmethod
     async def connect(
@@ -147,11 +147,6 @@ class Worker:
         """Why the worker is down; empty while it is up."""
         return self._connection.down_reason
 
-    @property
-    def waiting(self) -> int:
-        """Requests that queue or run."""
-        return self._waiting
-
     async def load(self, *, name: str, path: str, handler: str, timeout_s: float) -> None:
         """Make the worker load a model; raise CloisterError(MODEL_LOAD_FAILED) with the reason when it does not."""
         async with self._turn:
@@ -182,19 +177,19 @@ class Worker:
         """
         if self.down_reason:
             raise _down(self.down_reason)
-        if self._waiting > self._limits.waiting:
+        if self.queued > self._limits.waiting:
             raise CloisterError(
                 Code.RATE_LIMITED,
                 what="too many requests wait for this model",
                 why=f"at most {self._limits.waiting} requests queue for one backend",
                 todo="send fewer at a time, or again in a moment",
             )
-        self._waiting += 1
+        self.queued += 1
         try:
             parameter = otf.InferParameter("body", content_type, body)
             reply = await self._run(otf.InferRequest(request_id, (parameter,)), deadline)
         finally:
-            self._waiting -= 1
+            self.queued -= 1
         return self._accept(reply, request_id)
 
     def abort(self, reason: str) -> None:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
+import threading
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from cloister.cli.launch import refuse_taken_ports
 from cloister.cli.options import parse_assignment
 from cloister.cli.policyfile import PolicyDraft
 from cloister.cli.report import CertificateRow, RunReport, ServiceEvidence, render_report
+from cloister.cli.sealing import Step, stoppable, whole_or_nothing
 from cloister.cli.stack import last_words, readable
 from cloister.cli.stackconfig import StackOptions
 from cloister.cli.state import StateDirectory
@@ -260,6 +264,42 @@ class TestReport:
             assert part in html
         assert html.count("<svg") == 2
         assert "prefers-color-scheme:dark" in html
+
+
+class TestCutShort:
+    async def test_ctrl_c_ends_long_work_at_its_next_step(self) -> None:
+        started, ended = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def work(step: Step) -> None:
+            try:
+                while True:
+                    loop.call_soon_threadsafe(started.set)
+                    step(1, 2, "file")
+            finally:
+                ended.set()
+
+        task = asyncio.ensure_future(stoppable(work, lambda _done: None))
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended.is_set()
+
+    async def test_work_that_fails_raises_its_own_error(self) -> None:
+        def work(_step: Step) -> None:
+            raise CloisterError(Code.DISK_FULL, what="full")
+
+        with pytest.raises(CloisterError):
+            await stoppable(work, lambda _done: None)
+
+    def test_what_was_half_made_is_removed_and_what_is_whole_stays(self, tmp_path: Path) -> None:
+        for name, error in (("half", CloisterError(Code.DISK_FULL, what="full")), ("whole", None)):
+            with contextlib.suppress(CloisterError), whole_or_nothing(tmp_path / name):
+                (tmp_path / name).mkdir()
+                if error:
+                    raise error
+        assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
 class TestSearchForPlaintext:

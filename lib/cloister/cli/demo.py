@@ -137,6 +137,7 @@ async def _with_stack(run: Run, options: Any) -> None:
     finally:
         if not kept:
             await stack.stop()
+            run.say("the stack is stopped; nothing of it runs")
 
 
 async def _unless_stack_fails(stack: StackProcess, run: Run) -> None:

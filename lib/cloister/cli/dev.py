@@ -78,6 +78,7 @@ def up(
         finally:
             if not keep:
                 await process.stop()
+                output.note("The stack is stopped; nothing of it runs.")
 
     run_async(work())
 

@@ -106,7 +106,7 @@ def _usage(error: TyperException, *, as_json: bool) -> int:
 
 
 def _interrupted(*, as_json: bool) -> int:
-    error = CloisterError(Code.INTERRUPTED, what="stopped by you; nothing was left running or half written")
+    error = CloisterError(Code.INTERRUPTED, what="stopped by you")
     sys.stderr.write(f"\n{error.what}\n")
     if as_json:
         write_json({"error": {"code": error.code.text, "what": error.what}, "exit_code": INTERRUPTED_EXIT})

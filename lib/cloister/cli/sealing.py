@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
+import shutil
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -16,6 +21,10 @@ from cloister.errors import CloisterError, Code
 
 if TYPE_CHECKING:
     from cloister.cli.session import Session
+
+
+T = TypeVar("T")
+Step = Callable[[int, int, str], None]  # bytes done, bytes in all, file at hand
 
 
 class CheckName(enum.StrEnum):
@@ -70,9 +79,9 @@ def open_(
         client = await owner_keys(session)
         data_key = await client.open_data_key(sealed.key_uri, key_version=sealed.key_version, wrapped=sealed.wrapped)
         size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-        with output.progress(f"opening {source.name}", size) as advance:
-            manifest = open_directory(
-                source, out, data_key=data_key, progress=lambda done, _total, _name: advance(done)
+        with output.progress(f"opening {source.name}", size) as advance, whole_or_nothing(out):
+            manifest = await stoppable(
+                lambda step: open_directory(source, out, data_key=data_key, progress=step), advance
             )
         return {"directory": str(out.absolute()), "files": len(manifest.files), "bytes": manifest.size}
 
@@ -110,13 +119,10 @@ async def seal_directory(
     data_key = await (await owner_keys(session)).generate_data_key(key_uri)
     plain_bytes = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
     began = time.monotonic()
-    with output.progress(f"sealing {source.name}", plain_bytes) as advance:
-        manifest = sealed.seal_directory(
-            source,
-            out,
-            data_key=data_key,
-            dataset=dataset or uri.path.rpartition("/")[2],
-            progress=lambda done, _total, _name: advance(done),
+    name = dataset or uri.path.rpartition("/")[2]
+    with output.progress(f"sealing {source.name}", plain_bytes) as advance, whole_or_nothing(out):
+        manifest = await stoppable(
+            lambda step: sealed.seal_directory(source, out, data_key=data_key, dataset=name, progress=step), advance
         )
     return {
         "directory": str(out.absolute()),
@@ -128,6 +134,40 @@ async def seal_directory(
         "key_version": data_key.key_version,
         "seconds": round(time.monotonic() - began, 3),
     }
+
+
+class _Stopped(Exception):
+    """Ends the work of a thread whose command was cancelled."""
+
+
+async def stoppable(work: Callable[[Step], T], advance: Callable[[int], None]) -> T:
+    """Run `work` in a thread and pass its progress on; Ctrl-C ends it at its next step, and is raised when it has."""
+    stop = threading.Event()
+
+    def step(done: int, _total: int, _name: str) -> None:
+        if stop.is_set():
+            raise _Stopped
+        advance(done)
+
+    task = asyncio.ensure_future(asyncio.to_thread(work, step))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stop.set()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
+
+
+@contextmanager
+def whole_or_nothing(out: Path) -> Iterator[None]:
+    """Remove a directory that was not there before when what was to fill it did not end well."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            shutil.rmtree(out, ignore_errors=True)
 
 
 def refuse_existing(out: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -226,7 +227,11 @@ async def get_job(session: Session, job_id: str) -> dict[str, Any]:
 async def _follow_to_the_end(session: Session, job_id: str, printer: Output) -> None:
     from cloister.cli.follow import follow_job, raise_unless_succeeded
 
-    view = await follow_job(session, job_id, output=printer)
+    try:
+        view = await follow_job(session, job_id, output=printer)
+    except asyncio.CancelledError:
+        printer.note(f"\nThe job goes on: cloister train watch {job_id}, or cloister train cancel {job_id}")
+        raise
     raise_unless_succeeded(view, job_id)
     job = await get_job(session, job_id)
     if printer.as_json:

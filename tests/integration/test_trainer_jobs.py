@@ -41,7 +41,7 @@ time.sleep(600)
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with running_stack(tmp_path_factory.mktemp("stack"), cancel_wait_s=1.0) as found:
+    with running_stack(tmp_path_factory.mktemp("stack"), cancel_wait_s=1.0, term_grace_s=1.0) as found:
         yield found
 
 
@@ -212,18 +212,17 @@ async def test_ranks_get_none_of_the_trainers_environment_and_their_own_core(sta
     assert line.endswith(f"{job.job_id} 1")
 
 
-async def test_a_killed_trainer_takes_its_ranks_along_and_its_successor_says_what_happened(tmp_path: Path) -> None:
-    with running_stack(tmp_path / "stack") as stack:
-        async with client_of(stack) as client:
-            job = await started(client, PATIENT, nodes=2)
-            waiting = await client.submit(spec("print('ran')"))
-        assert len(living(job)) == 2
-        await asyncio.to_thread(stack.stop_service, "trainer", signal.SIGKILL)
-        wait_until(lambda: living(job) == [], timeout_s=5)
-        await asyncio.to_thread(stack.start_service, "trainer")
-        async with client_of(stack) as client:
-            failed, events = await client.to_the_end(job.job_id)
-            done, _ = await client.to_the_end(waiting.job_id)
+async def test_a_killed_trainer_takes_its_ranks_along_and_its_successor_says_what_happened(stack: Stack) -> None:
+    async with client_of(stack) as client:
+        job = await started(client, PATIENT, nodes=2)
+        waiting = await client.submit(spec("print('ran')"))
+    assert len(living(job)) == 2
+    await asyncio.to_thread(stack.stop_service, "trainer", signal.SIGKILL)
+    wait_until(lambda: living(job) == [], timeout_s=5)
+    await asyncio.to_thread(stack.start_service, "trainer")
+    async with client_of(stack) as client:
+        failed, events = await client.to_the_end(job.job_id)
+        done, _ = await client.to_the_end(waiting.job_id)
     assert failed.state == pb.JOB_STATE_FAILED
     assert "the trainer was restarted while the job ran" in failed.reason
     assert events[-1].state_changed.reason == failed.reason

@@ -16,6 +16,7 @@ from cloister.train.classifier import (
     TextClassifier,
     TextEncoder,
     classifier_files,
+    load_checkpoint,
     load_classifier,
     new_encoder,
     pretrained_encoder,
@@ -128,6 +129,53 @@ def test_a_checkpoint_with_a_head_of_its_own_gives_its_encoder() -> None:
     encoder = pretrained_encoder(model.encoder.config, named, attention="eager")
     wanted = model.encoder.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in encoder.state_dict().items())
+
+
+class Checkpoint(dict[str, bytes]):
+    """The files of a checkpoint."""
+
+    @property
+    def files(self) -> list[str]:
+        return list(self)
+
+    def read(self, name: str) -> bytes:
+        return self[name]
+
+
+def checkpoint(**changes: bytes | None) -> Checkpoint:
+    """Return what save_pretrained writes of a model with a head, and its vocabulary."""
+    model, encoder = tiny()
+    weights = {f"bert.{name}": tensor.clone() for name, tensor in model.encoder.state_dict().items()}
+    weights["cls.predictions.bias"] = torch.zeros(len(VOCABULARY))
+    found: dict[str, bytes | None] = {
+        "config.json": model.encoder.config.to_json_string().encode(),
+        "vocab.txt": "\n".join(encoder.vocabulary).encode() + b"\n",
+        "model.safetensors": safetensors.torch.save(weights),
+        **changes,
+    }
+    return Checkpoint({name: data for name, data in found.items() if data is not None})
+
+
+def test_training_starts_from_a_checkpoints_weights_and_vocabulary() -> None:
+    body, encoder = load_checkpoint(checkpoint(), Preprocessing(max_length=12), attention="eager")
+    assert list(encoder.vocabulary) == VOCABULARY
+    wanted = tiny()[0].encoder.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in body.state_dict().items())
+    logits = TextClassifier(body, 3)(*encoder.pad(encoder.encode(["房间很好。" * 9])))
+    assert logits.shape == (1, 3)
+
+
+def test_a_checkpoint_that_is_only_a_pickle_is_refused_since_that_runs_code() -> None:
+    pickled = checkpoint(**{"model.safetensors": None, "pytorch_model.bin": b"cos\nsystem\n"})
+    with pytest.raises(CloisterError, match=r"no model\.safetensors") as caught:
+        load_checkpoint(pickled, Preprocessing(max_length=12), attention="eager")
+    assert "pickle" in caught.value.why
+
+
+def test_texts_longer_than_the_checkpoints_positions_are_refused_before_training() -> None:
+    with pytest.raises(CloisterError) as caught:
+        load_checkpoint(checkpoint(), Preprocessing(max_length=17), attention="eager")
+    assert "16 positions" in caught.value.why
 
 
 def test_a_vocabulary_that_repeats_a_token_is_refused() -> None:

@@ -124,8 +124,3 @@ def test_seeds_of_different_uses_differ() -> None:
     found = {script.derived(seed, *use) for seed in (1, 2) for use in (("a",), ("a", 1), ("a", 11), ("b",))}
     assert len(found) == 8
     assert all(0 <= seed < 2**63 for seed in found)
-
-
-def test_a_model_input_without_safetensors_is_refused_since_a_pickle_runs_code() -> None:
-    with pytest.raises(CloisterError, match=r"no model\.safetensors"):
-        script.require_safetensors(("config.json", "pytorch_model.bin", "vocab.txt"))

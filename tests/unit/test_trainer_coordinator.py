@@ -102,6 +102,7 @@ class Room:
             registry=self.attest,
             cores=self.cores,
             cancel_wait_s=0.0,
+            term_grace_s=0.0,
             now_ms=lambda: next(self.clock),
         )
 

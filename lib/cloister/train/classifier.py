@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 # transformers looks for newer files on its hub at the first chance; a TD has no business there.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -142,6 +142,34 @@ def pretrained_encoder(config: BertConfig, tensors: Mapping[str, torch.Tensor], 
     return encoder
 
 
+class Files(Protocol):
+    """What a checkpoint is read from: a sealed directory, or anything else that has files."""
+
+    @property
+    def files(self) -> Sequence[str]: ...
+    def read(self, name: str) -> bytes: ...
+
+
+def load_checkpoint(source: Files, preprocessing: Preprocessing, *, attention: str) -> tuple[Any, TextEncoder]:
+    """Return encoder and text encoder of a BERT or PERT checkpoint: config.json, vocab.txt, model.safetensors.
+
+    Raises CloisterError(MODEL_LOAD_FAILED), also for weights that are only there as a pickle: opening one runs code.
+    """
+    absent = [name for name in ("config.json", "vocab.txt", "model.safetensors") if name not in source.files]
+    if absent:
+        raise CloisterError(
+            Code.MODEL_LOAD_FAILED,
+            what=f"the checkpoint has no {' and no '.join(absent)}",
+            why="weights in pytorch_model.bin are a pickle, which runs code when it is opened; they are never used",
+            todo="convert it with transformers' save_pretrained; seal config.json, vocab.txt and model.safetensors",
+        )
+    encoder = TextEncoder(vocabulary_from(source.read("vocab.txt")), preprocessing)
+    config = config_from(source.read("config.json"))
+    _require_fit(config, encoder)
+    tensors = tensors_from(source.read("model.safetensors"))
+    return pretrained_encoder(config, tensors, attention=attention), encoder
+
+
 def classifier_files(model: TextClassifier, encoder: TextEncoder, labels: Sequence[str]) -> dict[str, bytes]:
     """Return the five files of a model."""
     config = model.encoder.config
@@ -193,8 +221,7 @@ def load_classifier(files: Mapping[str, bytes]) -> Predictor:
     labels, preprocessing = _labels(files["labels.json"]), _preprocessing(files["preprocessing.json"])
     encoder = TextEncoder(vocabulary_from(files["vocab.txt"]), preprocessing)
     config = config_from(files["config.json"])
-    if config.vocab_size < len(encoder.vocabulary) or config.max_position_embeddings < preprocessing.max_length:
-        raise _unloadable("config.json has fewer token or position embeddings than the vocabulary or max_length need")
+    _require_fit(config, encoder)
     tensors = tensors_from(files["model.safetensors"])
     body = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
     model = TextClassifier(pretrained_encoder(config, body, attention="sdpa"), len(labels))
@@ -231,6 +258,16 @@ def tensors_from(data: bytes) -> dict[str, torch.Tensor]:
         return safetensors.torch.load(data)  # type: ignore[no-any-return]  # safetensors is untyped
     except (safetensors.SafetensorError, ValueError) as error:
         raise _unloadable(f"model.safetensors does not parse: {error}") from error
+
+
+def _require_fit(config: BertConfig, encoder: TextEncoder) -> None:
+    """Refuse what would end in an index error at the first rare character or long text."""
+    length = encoder.preprocessing.max_length
+    if config.vocab_size < len(encoder.vocabulary) or config.max_position_embeddings < length:
+        raise _unloadable(
+            f"config.json has {config.vocab_size} tokens and {config.max_position_embeddings} positions; "
+            f"the vocabulary has {len(encoder.vocabulary)}, max_length is {length}"
+        )
 
 
 def _labels(data: bytes) -> list[str]:

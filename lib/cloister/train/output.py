@@ -69,6 +69,16 @@ class Output:
         self._open_key = open_key
         self._announcer = announcer
 
+    def require_room_for_a_model(self) -> None:
+        """Raise CloisterError(FILE_EXISTS) when there is a model already: better before training than after."""
+        if (self.directory / "model" / MANIFEST_NAME).exists():
+            raise CloisterError(
+                Code.FILE_EXISTS,
+                what=f"{self.directory} already holds a model",
+                why="a sealed model is never overwritten",
+                todo="submit with another output directory",
+            )
+
     def save_model(self, files: Mapping[str, bytes]) -> None:
         """Seal the final model; raise CloisterError when there is one or the disk is full."""
         where = self.directory / "model"

@@ -60,6 +60,7 @@ async def main(config_path: Path, stop: asyncio.Event) -> None:
         registry=AttestRegistry(attest),
         cores=config.trainer.rank_cores(),
         cancel_wait_s=config.trainer.cancel_wait_s,
+        term_grace_s=config.trainer.term_grace_s,
         now_ms=_now_ms,
     )
     health, metrics = HealthState(), RpcMetrics()

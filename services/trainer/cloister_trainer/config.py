@@ -21,8 +21,10 @@ class TrainerSection(ConfigModel):
     cores: tuple[Annotated[int, Field(ge=0, le=65_535)], ...] = ()
     # How long ranks wait for each other: to meet, and in a collective.
     collective_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
-    # A cancelled job's ranks may stop by themselves for this long; then they are told, and 5 s later killed.
+    # A cancelled job's ranks may stop by themselves for this long; then they are told (SIGTERM).
     cancel_wait_s: Annotated[float, Field(ge=0, le=3_600)] = 10.0
+    # Ranks that were told to stop are killed after this long, with everything they started.
+    term_grace_s: Annotated[float, Field(ge=0, le=600)] = 5.0
 
     def rank_cores(self) -> tuple[int, ...]:
         """Return the cores for ranks, in the order they are given out."""

@@ -19,11 +19,12 @@ from cloister_trainer import job as jobs
 from cloister_trainer import wire
 from cloister_trainer.job import JobRecord, JobState, Stop
 from cloister_trainer.journal import Journal
-from cloister_trainer.launcher import TERM_GRACE_S, Launcher, RankProcess
+from cloister_trainer.launcher import Launcher, RankProcess
 from cloister_trainer.livejob import LiveJob
 from cloister_trainer.spec import JobSpec, parse_spec
 
-MAX_QUEUED: Final = 1000  # of one tenant; each holds its script in memory
+MAX_QUEUED: Final = 1000  # jobs of one tenant that wait or run
+MAX_QUEUED_BYTES: Final = 64 * 1024 * 1024  # of their scripts, which are kept in memory
 _FAILURE_LOG_LINES: Final = 20
 _EVENTS_PER_READ: Final = 500
 _ID_TAIL: Final = 9  # "-" and 8 hex digits
@@ -47,6 +48,7 @@ class Coordinator:
         registry: Registry,
         cores: tuple[int, ...],
         cancel_wait_s: float,
+        term_grace_s: float,
         now_ms: Callable[[], int],
     ) -> None:
         self._journal = journal
@@ -54,6 +56,7 @@ class Coordinator:
         self._registry = registry
         self._cores = cores
         self._cancel_wait_s = cancel_wait_s
+        self._term_grace_s = term_grace_s
         self._now_ms = now_ms
         self._live: dict[str, LiveJob] = {}  # in the order of submission
         self._ranks: dict[str, dict[int, RankProcess]] = {}
@@ -96,11 +99,12 @@ class Coordinator:
     async def submit(self, spec: JobSpec, *, caller: SpiffeId, request_id: str) -> str:
         """Queue a job and return its id; raise CloisterError when it could never run here."""
         jobs.check_cores(spec, self._cores)
-        if sum(live.record.tenant == caller.tenant for live in self._live.values()) >= MAX_QUEUED:
+        mine = [live.record.spec for live in self._live.values() if live.record.tenant == caller.tenant]
+        if len(mine) >= MAX_QUEUED or sum(len(waiting.script) for waiting in mine) > MAX_QUEUED_BYTES:
             raise CloisterError(
                 Code.RATE_LIMITED,
                 what="the job is not taken: too many of yours wait",
-                why=f"at most {MAX_QUEUED:,} jobs of a tenant wait at the same time",
+                why=f"at most {MAX_QUEUED:,} jobs of a tenant wait, with {MAX_QUEUED_BYTES:,} bytes of scripts",
                 todo="submit it when some have ended, or cancel some",
             )
         job_id = f"{spec.name[: 63 - _ID_TAIL].rstrip('-')}-{secrets.token_hex(4)}"
@@ -180,7 +184,7 @@ class Coordinator:
         for live in self._live.values():
             live.stopping.set()
         processes = [process for ranks in self._ranks.values() for process in ranks.values()]
-        await asyncio.gather(*(self._launcher.stop(process, TERM_GRACE_S) for process in processes))
+        await asyncio.gather(*(self._launcher.stop(process, self._term_grace_s) for process in processes))
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -224,7 +228,7 @@ class Coordinator:
         if not live.ended.is_set() and jobs.all_gone(live.record, stopping=stopping):
             await self._end(live, jobs.ended(live.record, now_ms=self._now_ms()))
         await live.ended.wait()
-        await self._stop_ranks(live, grace_s=TERM_GRACE_S)
+        await self._stop_ranks(live, grace_s=self._term_grace_s)
         self._ranks.pop(job_id, None)
         await self._close_registration(job_id)
 
@@ -270,7 +274,7 @@ class Coordinator:
         try:
             await asyncio.wait_for(live.ended.wait(), wait_s)
         except TimeoutError:
-            await self._stop_ranks(live, grace_s=TERM_GRACE_S)
+            await self._stop_ranks(live, grace_s=self._term_grace_s)
 
     async def _stop_ranks(self, live: LiveJob, *, grace_s: float) -> None:
         """End all ranks and whatever they started; those that have ended may have left something, too."""

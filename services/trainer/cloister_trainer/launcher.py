@@ -20,7 +20,6 @@ from cloister_trainer.rankspec import RankInput, RankSpec
 
 _TAIL_BYTES: Final = 16 * 1024
 _MAX_FAILURE_BYTES: Final = 64 * 1024
-TERM_GRACE_S: Final = 5.0
 
 # Ranks inherit nothing from the coordinator's environment but these.
 _INHERITED: Final = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR")

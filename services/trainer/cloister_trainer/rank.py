@@ -147,6 +147,7 @@ class Rank:
                 open_key=lambda peek: self._release(keys, peek.key_uri, peek),
                 announcer=link,
             )
+            output.require_room_for_a_model()
         cloister.train.activate(
             Job(
                 rank=spec.rank,

@@ -179,12 +179,7 @@ def build(
     """Return the model and its text encoder: new ones, or those of a sealed checkpoint."""
     preprocessing = Preprocessing(recipe.max_length, recipe.head_share)
     if model_input:
-        source = job.input(model_input)
-        require_safetensors(source.files)
-        encoder = TextEncoder(classifier.vocabulary_from(source.read("vocab.txt")), preprocessing)
-        config = classifier.config_from(source.read("config.json"))
-        tensors = classifier.tensors_from(source.read("model.safetensors"))
-        body = classifier.pretrained_encoder(config, tensors, attention="eager")
+        body, encoder = classifier.load_checkpoint(job.input(model_input), preprocessing, attention="eager")
         return TextClassifier(body, classes, dropout=recipe.dropout), encoder
     encoder = TextEncoder(vocabulary(texts, recipe.min_count), preprocessing)
     config = BertConfig(
@@ -199,17 +194,6 @@ def build(
         attention_probs_dropout_prob=0.0,
     )
     return TextClassifier(classifier.new_encoder(config, attention="eager"), classes, dropout=recipe.dropout), encoder
-
-
-def require_safetensors(files: Any) -> None:
-    """Refuse a checkpoint that only exists as a pickle: opening one runs the code in it."""
-    if "model.safetensors" not in list(files):
-        raise CloisterError(
-            Code.MODEL_LOAD_FAILED,
-            what="the model input has no model.safetensors",
-            why="weights in pytorch_model.bin are a pickle, which runs code when it is opened",
-            todo="convert it with transformers' save_pretrained, and seal config.json, vocab.txt, model.safetensors",
-        )
 
 
 def optimizer_for(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:

@@ -20,6 +20,9 @@ from cloister.errors import CloisterError, Code
 from cloister.tlv import sha384, tlv
 
 _MAX_FILE_BYTES: Final = 16 * 1024 * 1024  # a script or a configuration; data is never measured this way
+# Every process of ours runs code of several of these: a rank the trainer's, a backend's agent the gateway's. Names, not
+# imports: the library knows no service.
+_OWN_PACKAGES: Final = ("cloister", "cloister_attest", "cloister_keybroker", "cloister_serving", "cloister_trainer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ def digest_of_sources(name: str) -> bytes:
 
 @functools.cache
 def digest_of_environment() -> bytes:
-    """Return the digest of interpreter, installed distributions and this library.
+    """Return the digest of interpreter, installed distributions and all code of ours that is installed.
 
     A distribution counts with name, version and its RECORD, which lists a digest of every file it installed. RECORD
     is believed, not recomputed: that would read gigabytes, and the image's own measurement covers the files.
@@ -93,9 +96,14 @@ def digest_of_environment() -> bytes:
         record = distribution.read_text("RECORD") or ""
         distributions.add((name, distribution.version, sha384(record.encode())))
     fields = [field for distribution in sorted(distributions) for field in distribution]
-    return sha384(tlv("cloister-environment-v1", sys.version, *fields, digest_of_sources("cloister")))
+    return sha384(tlv("cloister-environment-v1", sys.version, *fields, *_own_sources()))
 
 
+@functools.cache
 def image_digest() -> bytes:
-    """Return what a simulated TD boots from: where there is no image, the library stands for it."""
-    return sha384(tlv("cloister-simulated-image-v1", digest_of_sources("cloister")))
+    """Return what a simulated TD boots from: where there is no image, the installed code stands for it."""
+    return sha384(tlv("cloister-simulated-image-v1", *_own_sources()))
+
+
+def _own_sources() -> list[bytes]:
+    return [digest_of_sources(name) for name in _OWN_PACKAGES if importlib.util.find_spec(name) is not None]

@@ -16,7 +16,7 @@ import typer
 from cloister.cli.options import Json, State, run_async, state_directory
 from cloister.cli.output import Output
 from cloister.cli.stackconfig import StackOptions
-from cloister.errors import CloisterError, Code
+from cloister.errors import EXIT_CODE, CloisterError, Code
 
 if TYPE_CHECKING:
     from cloister.cli.launch import Event
@@ -118,6 +118,8 @@ def status(state: State = None, json: Json = False) -> None:
         output.item(stack_document(directory, stack) | {"services": services})
     else:
         output.rows("services", services, ("service", "ok", "pid", "ready_after_s", "endpoints", "problem"), empty="")
+    if any(problems.values()) and json:
+        raise typer.Exit(EXIT_CODE[Code.UNREACHABLE.kind])  # the services are the one document on stdout
     if any(problems.values()):
         raise CloisterError(
             Code.UNREACHABLE,

@@ -15,7 +15,7 @@ import typer
 
 from cloister.cli.options import Json, State, run_async, state_directory
 from cloister.cli.output import Output
-from cloister.errors import CloisterError, Code
+from cloister.errors import EXIT_CODE, CloisterError, Code
 
 if TYPE_CHECKING:
     from cloister.cli.state import StateDirectory
@@ -57,6 +57,8 @@ def doctor(state: State = None, json: Json = False) -> None:
     columns = ("name", "ok", "found", "todo")
     Output(as_json=json).rows("findings", [asdict(finding) for finding in findings], columns, empty="")
     bad = [finding for finding in findings if not finding.ok]
+    if bad and json:
+        raise typer.Exit(EXIT_CODE[Code.PREREQUISITE_MISSING.kind])  # the findings are the one document on stdout
     if bad:
         raise CloisterError(
             Code.PREREQUISITE_MISSING,

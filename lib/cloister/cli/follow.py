@@ -140,11 +140,11 @@ def state_name(state: Any) -> str:
     return trainer_pb2.JobState.Name(state).removeprefix("JOB_STATE_").lower()
 
 
-async def follow_job(session: Session, job_id: str, *, output: Output) -> JobView:
-    """Show a job's events until it ends; return what it came to."""
+async def follow_job(session: Session, job_id: str, *, output: Output, as_json: bool = False) -> JobView:
+    """Show a job's events until it ends, or with `as_json` put them on stdout; return what it came to."""
     view = JobView()
     events = _events(session, job_id)
-    if output.as_json:
+    if as_json:
         async for event in events:
             view.apply(event)
             output.stream(_event_document(event), "")

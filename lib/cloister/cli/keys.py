@@ -51,10 +51,15 @@ def create(
 
     purposes = [p.value for p in purpose or []] or purposes_of(policy_yaml)
 
-    async def work(session: Session) -> dict[str, Any]:
-        return await create_key(session, uri, purposes=purposes, policy_yaml=policy_yaml)
+    output = Output(as_json=json)
 
-    Output(as_json=json).item(in_session(state, work))
+    async def work(session: Session) -> dict[str, Any]:
+        key = await create_key(session, uri, purposes=purposes, policy_yaml=policy_yaml)
+        for service, found in session.verified.items():
+            output.note(f"verified {service}: {len(found.checks)} checks of its evidence, here")
+        return key
+
+    output.item(in_session(state, work))
 
 
 @app.command(name="list")

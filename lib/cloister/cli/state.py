@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import stat
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from cloister.errors import CloisterError, Code
 
 SERVICES: Final = ("attest", "keybroker", "trainer", "gateway")
 _MAX_STACK_FILE: Final = 1 << 20  # bytes
+# `holder` has the lock for an instant to see whether anybody else has.
+_LOCK_ATTEMPTS: Final = 5
+_LOCK_PAUSE_S: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +129,14 @@ class StateDirectory:
         The lock lasts as long as the returned file is open: a killed supervisor cannot leave it behind.
         """
         handle = (self.root / "stack.lock").open("ab")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken(handle):
             handle.close()
             raise CloisterError(
                 Code.STACK_RUNNING,
                 what=f"a local stack already runs in {self.root}",
                 why="one state directory holds one stack",
                 todo="use it as it is, stop it with `cloister dev down`, or choose another directory with --state",
-            ) from None
+            )
         handle.truncate(0)
         handle.write(f"{os.getpid()}\n".encode())
         handle.flush()
@@ -152,6 +154,18 @@ class StateDirectory:
         except BlockingIOError:
             text = path.read_bytes()
             return int(text) if text.strip().isdigit() else 0
+
+
+def _taken(handle: IO[bytes]) -> bool:
+    """Take an exclusive lock, if only somebody who just looks at it is in the way."""
+    for attempt in range(_LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOCK_PAUSE_S * (attempt + 1 < _LOCK_ATTEMPTS))
+        else:
+            return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,7 +228,7 @@ async def _follow_to_the_end(session: Session, job_id: str, printer: Output) -> 
     from cloister.cli.follow import follow_job, raise_unless_succeeded
 
     try:
-        view = await follow_job(session, job_id, output=printer)
+        view = await follow_job(session, job_id, output=printer, as_json=printer.as_json)
     except asyncio.CancelledError:
         printer.note(f"\nThe job goes on: cloister train watch {job_id}, or cloister train cancel {job_id}")
         raise

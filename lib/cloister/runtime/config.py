@@ -54,7 +54,17 @@ def load_config(path: Path, model: type[_Model]) -> _Model:
 
     Raises CloisterError(FILE_NOT_FOUND) or CloisterError(CONFIG_INVALID).
     """
-    text = _read(path)
+    return load_measured_config(path, model)[0]
+
+
+def load_measured_config(path: Path, model: type[_Model]) -> tuple[_Model, bytes]:
+    """Read a TOML file once, into `model` and the bytes it came from: what a TD measures is what it obeys."""
+    data = _read(path)
+    return _parse(path, data, model), data
+
+
+def _parse(path: Path, data: bytes, model: type[_Model]) -> _Model:
+    text = _decode(path, data)
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -68,7 +78,7 @@ def load_config(path: Path, model: type[_Model]) -> _Model:
         raise _from_validation(path, text, model, error) from None
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
@@ -83,6 +93,10 @@ def _read(path: Path) -> str:
         raise CloisterError(Code.IO_FAILED, what=f"{path} cannot be read", why=error.strerror or "") from None
     if len(data) > _MAX_BYTES:
         raise _invalid(path, None, f"longer than {_MAX_BYTES} bytes")
+    return data
+
+
+def _decode(path: Path, data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ from cloister.guest.guest import Guest
 from cloister.guest.measure import read_measured
 from cloister.guest.service import measure_service
 from cloister.identity import Role, SpiffeId
-from cloister.runtime.config import load_config
+from cloister.runtime.config import load_measured_config
 from cloister.runtime.database import Database
 from cloister.runtime.endpoints import write_endpoints
 from cloister.runtime.files import write_atomically
@@ -26,6 +26,7 @@ from cloister.runtime.metrics import MetricsServer, RpcMetrics
 from cloister.runtime.probes import ProbeServer
 from cloister.runtime.server import GrpcServer
 from cloister.tdx.verify import TrustRoot
+from cloister.tlv import tlv
 from cloister_attest.appraise import AppraisalPolicy
 from cloister_attest.authority import Authority
 from cloister_attest.config import AttestConfig
@@ -40,8 +41,7 @@ _DRAIN_S = 5.0
 
 async def main(config_path: Path, stop: asyncio.Event) -> None:
     """Make a CA epoch, enrol with oneself, serve until told to stop."""
-    config_bytes = read_measured(config_path).data
-    config = load_config(config_path, AttestConfig)
+    config, config_bytes = load_measured_config(config_path, AttestConfig)
     configure("attest", config.service.log_format)
     guest = await asyncio.to_thread(Guest.open, config.guest.provider)
     try:
@@ -58,12 +58,13 @@ async def _serve(
     config: AttestConfig, config_bytes: bytes, guest: Guest, database: Database, stop: asyncio.Event
 ) -> None:
     authority = Authority(config.service.trust_domain, now=utc_now())
+    roots = _roots(config)
     registry = Registry(database)
     verdicts = Verdicts(database, limit=config.attest.kept_verdicts)
     enrolment = Enrolment(
         authority=authority,
         policy=_policy(config, authority),
-        roots=_roots(config),
+        roots=roots,
         users=_users(config),
         registry=registry,
         verdicts=verdicts,
@@ -75,7 +76,8 @@ async def _serve(
         guest,
         bundle=authority.bundle,
         package="cloister_attest",
-        config_bytes=config_bytes,
+        # The file only names the roots; who may vouch for quotes is part of what this attest is.
+        config_bytes=tlv("cloister-attest-config-v1", config_bytes, *(root.certificate_der for root in roots)),
         role=Role.ATTEST,
     )
     identity = await Identity.enrol_through(enrolment, guest, bundle=authority.bundle)

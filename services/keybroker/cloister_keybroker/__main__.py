@@ -18,10 +18,9 @@ from typing import NoReturn
 from cloister import hpke
 from cloister.errors import EXIT_CODE, CloisterError, Code
 from cloister.guest.evidence_service import EVIDENCE_CALLERS, mounted_evidence
-from cloister.guest.measure import read_measured
 from cloister.guest.service import enrol_service
 from cloister.identity import Role
-from cloister.runtime.config import load_config
+from cloister.runtime.config import load_measured_config
 from cloister.runtime.health import HealthState
 from cloister.runtime.host import serving
 from cloister.runtime.logging import configure
@@ -40,8 +39,7 @@ from cloister_keybroker.workloads import ReleaseDesk
 
 async def serve(config_path: Path, stop: asyncio.Event) -> None:
     """Verify the store, enrol, serve until `stop`. What is wrong with the store shows before anybody is enrolled."""
-    config_bytes = read_measured(config_path).data
-    config = load_config(config_path, Config)
+    config, config_bytes = load_measured_config(config_path, Config)
     configure("keybroker", config.service.log_format)
     try:
         hpke.self_test()

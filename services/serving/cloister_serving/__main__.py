@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Final
 
 from cloister.guest.evidence_service import EVIDENCE_CALLERS, mounted_evidence
-from cloister.guest.measure import read_measured
 from cloister.guest.service import enrol_service
 from cloister.identity import Role
 from cloister.runtime import logging as cloister_logging
 from cloister.runtime.channel import open_channel
-from cloister.runtime.config import load_config
+from cloister.runtime.config import load_measured_config
 from cloister.runtime.health import HealthState
 from cloister.runtime.host import serving
 from cloister.runtime.main import run_service
@@ -39,7 +38,7 @@ _PACKAGE: Final = "cloister_serving"
 
 async def main(config_path: Path, stop: asyncio.Event) -> None:
     """Pin, enrol, take up what was deployed before, serve until `stop`."""
-    config = load_config(config_path, GatewayConfig)
+    config, config_bytes = load_measured_config(config_path, GatewayConfig)
     section, plan = config.service, config.serving
     cloister_logging.configure("gateway", section.log_format)
     router.check_core_plan(
@@ -48,7 +47,7 @@ async def main(config_path: Path, stop: asyncio.Event) -> None:
     pin_to_cores(plan.gateway_cores)
     async with AsyncExitStack() as stack:
         identity = await enrol_service(
-            config.guest, section, role=Role.GATEWAY, package=_PACKAGE, config_bytes=read_measured(config_path).data
+            config.guest, section, role=Role.GATEWAY, package=_PACKAGE, config_bytes=config_bytes
         )
         stack.push_async_callback(identity.aclose)
         attest = open_channel(plan.attest_endpoint, role=Role.ATTEST, credentials=identity)

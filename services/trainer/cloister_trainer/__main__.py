@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Final
 
 from cloister.guest.evidence_service import EVIDENCE_CALLERS, mounted_evidence
-from cloister.guest.measure import read_measured
 from cloister.guest.service import enrol_service
 from cloister.identity import Role
 from cloister.runtime import logging as cloister_logging
 from cloister.runtime.channel import open_channel
-from cloister.runtime.config import load_config
+from cloister.runtime.config import load_measured_config
 from cloister.runtime.health import HealthState
 from cloister.runtime.host import serving
 from cloister.runtime.main import run_service
@@ -33,7 +32,7 @@ _PACKAGE: Final = "cloister_trainer"
 
 async def main(config_path: Path, stop: asyncio.Event) -> None:
     """Enrol, take up what an earlier process left, serve until `stop`."""
-    config = load_config(config_path, TrainerConfig)
+    config, config_bytes = load_measured_config(config_path, TrainerConfig)
     section = config.service
     cloister_logging.configure("trainer", section.log_format)
     identity = await enrol_service(
@@ -41,7 +40,7 @@ async def main(config_path: Path, stop: asyncio.Event) -> None:
         section,
         role=Role.TRAINER,
         package=_PACKAGE,
-        config_bytes=read_measured(config_path).data,
+        config_bytes=config_bytes,
     )
     attest = open_channel(config.trainer.attest_endpoint, role=Role.ATTEST, credentials=identity)
     supervisor = Supervisor()

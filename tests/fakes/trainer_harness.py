@@ -278,13 +278,18 @@ class Client:
 
     async def submit(self, spec: pb.JobSpec, request_id: str = "") -> pb.Job:
         request = pb.SubmitJobRequest(spec=spec, client_request_id=request_id)
-        return (await invoke(self.stub.SubmitJob, request, timeout_s=10, what="submit")).job
+        job: pb.Job = (await invoke(self.stub.SubmitJob, request, timeout_s=10, what="submit")).job
+        return job
 
     async def job(self, job_id: str) -> pb.Job:
-        return (await invoke(self.stub.GetJob, pb.GetJobRequest(job_id=job_id), timeout_s=10, what="get")).job
+        answer = await invoke(self.stub.GetJob, pb.GetJobRequest(job_id=job_id), timeout_s=10, what="get")
+        job: pb.Job = answer.job
+        return job
 
     async def cancel(self, job_id: str) -> pb.Job:
-        return (await invoke(self.stub.CancelJob, pb.CancelJobRequest(job_id=job_id), timeout_s=10, what="x")).job
+        answer = await invoke(self.stub.CancelJob, pb.CancelJobRequest(job_id=job_id), timeout_s=10, what="cancel")
+        job: pb.Job = answer.job
+        return job
 
     async def watch(self, job_id: str, after: int = 0) -> AsyncIterator[pb.Event]:
         request = pb.WatchJobRequest(job_id=job_id, after_sequence=after)

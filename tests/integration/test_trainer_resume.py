@@ -57,11 +57,28 @@ async def test_a_resumed_job_ends_with_the_weights_of_one_that_never_stopped(
     # A checkpoint of another recipe is no beginning of this one, and a model is never overwritten.
     other = tmp_path / "other"
     shutil.copytree(first, other / "checkpoints" / first.name)
-    job, _ = await train(stack, sample, other, "--resume", "--lr", "0.5")
+    job, _ = await train(stack, sample, other, "--resume", "--lr", "0.5", nodes=1)
     assert "the latest checkpoint is of another recipe" in job.reason
     job, events = await train(stack, sample, whole, nodes=1)
     assert "already holds a model" in job.reason
     assert not any(phase("running")(event) for event in events)
+
+
+async def test_a_cancelled_training_stops_on_all_ranks_at_the_same_step(
+    stack: Stack, sample: Provisioned, tmp_path: Path
+) -> None:
+    endless = [*TINY, "--epochs", "10000", "--log-steps", "1"]
+    async with client_of(stack) as client:
+        request = spec(TRAINING, nodes=2, args=endless, inputs=[sample.input()], output=sample.output(tmp_path / "out"))
+        job_id = (await client.submit(request)).job_id
+        await client.until(job_id, lambda event: event.progress.step > 0)
+        await client.cancel(job_id)
+        job, events = await client.to_the_end(job_id)
+    assert job.state == pb.JOB_STATE_CANCELLED
+    assert [rank.exit_code for rank in job.ranks] == [0, 0]
+    stopped = {event.rank: event.message.text for event in events if event.message.phase == "cancelled"}
+    assert stopped.keys() == {0, 1}
+    assert len(set(stopped.values())) == 1
 
 
 async def test_broken_rows_end_the_job_with_their_numbers(stack: Stack, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ class TrainerSection(ConfigModel):
     keybroker_endpoint: str
     # Cores that ranks are pinned to, one each; empty: every core this process may use.
     cores: tuple[Annotated[int, Field(ge=0, le=65_535)], ...] = ()
-    # How long ranks wait for each other: to meet, and in a collective.
-    collective_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
+    # How long ranks wait for each other: to meet, and in a collective. A server grants no call more than 600 s.
+    collective_timeout_s: Annotated[float, Field(gt=0, le=600)] = 300.0
     # A cancelled job's ranks may stop by themselves for this long; then they are told (SIGTERM).
     cancel_wait_s: Annotated[float, Field(ge=0, le=3_600)] = 10.0
     # Ranks that were told to stop are killed after this long, with everything they started.

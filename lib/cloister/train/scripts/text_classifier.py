@@ -238,6 +238,8 @@ def train(
         dev, _ = accuracy(job, model, encoder, data["dev"])
         job.log_metrics({"loss": meter.loss, "dev_accuracy": dev}, step=(epoch + 1) * per_epoch, final=True)
         if job.rank == 0:
+            line = f"epoch {epoch + 1}/{recipe.epochs}  loss {meter.loss:.4f}  dev accuracy {dev:.2%}"
+            print(line, flush=True)  # noqa: T201 - for the rank's log
             about = checkpoint_about(job, recipe, epoch + 1)
             job.output.save_checkpoint((epoch + 1) * per_epoch, tensors_of(model, optimizer), about=about)
     job.report("trained", f"{steps:,} steps", elapsed_s=time.monotonic() - began)

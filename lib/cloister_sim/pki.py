@@ -86,6 +86,30 @@ def make_pck(
     return _issue(subject, ca.subject, key.public_key(), ca_key, now, _LEAF_LIFE, path_length=None, extra=sgx)
 
 
+def make_tcb_signer(
+    key: ec.EllipticCurvePrivateKey, root: x509.Certificate, root_key: ec.EllipticCurvePrivateKey, now: datetime
+) -> x509.Certificate:
+    """Return the certificate of whoever signs TCB info and enclave identities."""
+    subject = _name("Intel SGX TCB Signing")
+    return _issue(subject, root.subject, key.public_key(), root_key, now, _LEAF_LIFE, path_length=None)
+
+
+def make_crl(
+    issuer: x509.Certificate, issuer_key: ec.EllipticCurvePrivateKey, now: datetime, *, life: timedelta, number: int
+) -> bytes:
+    """Return an issuer's revocation list (DER), of nothing."""
+    return (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(issuer.subject)
+        .last_update(now)
+        .next_update(now + life)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
+        .add_extension(x509.CRLNumber(number), critical=False)
+        .sign(issuer_key, SHA256())
+        .public_bytes(Encoding.DER)
+    )
+
+
 def to_pem(*certificates: x509.Certificate) -> bytes:
     return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in certificates)
 

@@ -14,10 +14,12 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from cloister.tdx import quote as wire
+from cloister.tdx.collateral import Collateral
 from cloister.tdx.eventlog import Event, EventLog
 from cloister.tdx.quote import QeReport, Quote, QuoteSignature, TdBody
 from cloister.tlv import sha384
 from cloister_sim import pki
+from cloister_sim.collateral import make_collateral
 from cloister_sim.store import PlatformKeys, load_or_create
 
 DIGEST_SIZE: Final = 48
@@ -41,7 +43,9 @@ class SimulatedPlatform:
     """A platform with its quoting enclave. Safe to share between threads: it never changes."""
 
     def __init__(self, keys: PlatformKeys) -> None:
+        self._keys = keys
         self._attestation_key = keys.attestation_key
+        self._tcb_signing_key = ec.generate_private_key(ec.SECP256R1())
         self.root_pem = pki.to_pem(keys.root)
         numbers = keys.attestation_key.public_key().public_numbers()
         key = numbers.x.to_bytes(32, "big") + numbers.y.to_bytes(32, "big")
@@ -60,6 +64,12 @@ class SimulatedPlatform:
     def create(cls, directory: Path | str, *, now: datetime | None = None) -> SimulatedPlatform:
         """Return the platform of a directory, made now if there is none; raise CloisterError when neither works."""
         return cls(load_or_create(Path(directory), now or datetime.now(UTC)))
+
+    def collateral(self, now: datetime) -> Collateral:
+        """Return what Intel would publish about this platform at `now`: up to date, for thirty days."""
+        report = QeReport.parse(self._vouching.qe_report)
+        module = self.launch(bytes(DIGEST_SIZE)).report(bytes(REPORT_DATA_SIZE))
+        return make_collateral(self._keys, self._tcb_signing_key, report, module, now)
 
     def launch(self, image_digest: bytes) -> SimulatedTd:
         """Launch a TD from an image (SHA-384, 48 bytes)."""

@@ -97,7 +97,7 @@ def _header(data: bytes) -> int:
     if len(data) < _HEADER.size:
         _reject("the event log is cut before its header")
     _, event_type, digest, size = _HEADER.unpack_from(data)
-    end = _HEADER.size + size
+    end: int = _HEADER.size + size
     if event_type != EV_NO_ACTION or any(digest) or end > len(data):
         _reject("the event log does not begin with a TCG2 header")
     spec = data[_HEADER.size : end]

@@ -14,8 +14,8 @@ A9      report_data is what the caller wants, all 64 bytes, and not zero
 A10     measurements are among the wanted ones, where there are any, and the event log replays to the registers
 A11     not migratable
 
-`appraise` is all of it. `appraise_platform` is what holds of a TD whoever asks, all but A9 and A10: for looking at quotes
-that were made for somebody else. Every check is made, so that a report shows all that is wrong, not just the first.
+`appraise` is all of it. `appraise_platform` is what holds of a TD whoever asks, all but A9 and A10: for looking at
+quotes that were made for somebody else. Every check is made, so that a report shows all that is wrong.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _td(body: TdBody, policy: DefaultPolicy) -> list[Check]:
     seams = policy.mr_seams
     service_tds = _service_tds(body)
     shown = f"TD attributes {body.td_attributes.hex()}"
-    checks = [
+    return [
         Check("A1", not bits & DEBUG, "no debug TD", shown),
         Check("A2", not bits & _UNDER_DEBUG, "no profiling", shown),
         Check("A3", bool(bits & SEPT_VE_DISABLE), "SEPT_VE_DISABLE", shown),
@@ -151,7 +151,6 @@ def _td(body: TdBody, policy: DefaultPolicy) -> list[Check]:
         ),
         Check("A11", policy.migratable or not bits & MIGRATABLE, "not migratable", shown),
     ]
-    return checks
 
 
 def _service_tds(body: TdBody) -> dict[str, bytes]:

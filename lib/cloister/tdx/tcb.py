@@ -172,7 +172,7 @@ def _enclave(identity: QeIdentity, qe: SgxReport) -> Standing:
         _reject("Q5", f"the quoting enclave is product {prod_id}, not {identity.isv_prod_id}")
     if _masked(qe.misc_select, identity.misc_select_mask) != identity.misc_select:
         _reject("Q6", f"the quoting enclave has MISCSELECT {qe.misc_select.hex()}")
-    # The identity's mask leaves the debug bit out; it was refused before.
+    # Whatever the mask leaves out: the debug bit was refused before.
     if _masked(qe.attributes, identity.attributes_mask) != identity.attributes:
         _reject("Q7", f"the quoting enclave has attributes {qe.attributes.hex()}")
     svn = int.from_bytes(qe.isv_svn, "little")

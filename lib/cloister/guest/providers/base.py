@@ -38,8 +38,9 @@ class QuoteSource(Protocol):
 
 def failed(what: str, *, why: str, todo: str) -> CloisterError:
     """Return the error of a platform that gave nothing usable; `why` may hold words of the platform's."""
-    text = why[:_MAX_TEXT].encode("ascii", "backslashreplace").decode("ascii")[:_MAX_TEXT]
-    return CloisterError(Code.QUOTE_PROVIDER_FAILED, what=what, why=text, todo=todo)
+    # Not only ASCII but printable: no escape sequences on a terminal.
+    text = "".join(c if " " <= c <= "~" else f"\\x{ord(c):02x}" for c in why[:_MAX_TEXT])
+    return CloisterError(Code.QUOTE_PROVIDER_FAILED, what=what, why=text[:_MAX_TEXT], todo=todo)
 
 
 def reason(error: OSError) -> str:

@@ -13,6 +13,8 @@ from typing import Final, NoReturn
 
 from cloister.guest.providers.base import failed, reason
 from cloister.guest.providers.kernel import KernelFiles
+from cloister.tdx.ccel import CcelEvent, CcelLog
+from cloister.tdx.eventlog import MAX_PAYLOAD_SIZE, Event, EventLog, EventLogRejected
 
 MAX_LOG_AREA: Final = 1024 * 1024  # bytes; firmware reserves 64 KiB to 1 MiB
 _TABLE: Final = struct.Struct("<4sI28sBBHQQ")
@@ -22,7 +24,18 @@ _TDX: Final = 2
 def read_boot_log(root: Path, files: KernelFiles) -> bytes:
     """Return the boot event log (JSON); raise CloisterError(QUOTE_PROVIDER_FAILED) when there is none to be had."""
     area = read_boot_log_area(root, files)
-    _fail(f"{len(area)} bytes of TCG2 events; this release reads none")
+    try:
+        log = EventLog(tuple(_event(event) for event in CcelLog.parse(area).events if event.register))
+    except EventLogRejected as error:
+        _fail(error.reason)
+    return log.to_json()
+
+
+def _event(event: CcelEvent) -> Event:
+    """Return an event of RTMR0..3 (in ACPI's numbering 1..4; 0 is MRTD, which no log needs to explain)."""
+    # The digest is what counts, and it need not be over the data. What is too long for our log is left out of it.
+    payload = event.data if len(event.data) <= MAX_PAYLOAD_SIZE else b""
+    return Event(event.register - 1, event.event_type, "", payload, event.digest)
 
 
 def read_boot_log_area(root: Path, files: KernelFiles) -> bytes:

@@ -18,8 +18,9 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
+from cloister.errors import CloisterError
 from cloister.guest.providers.base import failed, reason
 from cloister.guest.providers.kernel import KernelFiles
 from cloister.runtime.logging import get_logger
@@ -68,7 +69,7 @@ class ConfigfsQuotes:
                 return self._in_a_directory(report_data, deadline)
             except _Raced:
                 continue
-        _fail(
+        raise _error(
             f"{_MAX_RACES} times the request did not advance by exactly one generation: "
             "something else writes into it, or the kernel refused it",
             "stop what else uses configfs-tsm in this TD",
@@ -80,7 +81,7 @@ class ConfigfsQuotes:
         try:
             return self._request(directory, report_data, deadline)
         except OSError as error:
-            _fail(reason(error), "look at the kernel's log of this TD (dmesg)")
+            raise _error(reason(error), "look at the kernel's log of this TD (dmesg)") from None
         finally:
             try:
                 self._files.remove_directory(directory)
@@ -104,19 +105,19 @@ class ConfigfsQuotes:
                     todo = "run as root, or give this user the directory"
                 case _:
                     why, todo = reason(error), "look at the kernel's log of this TD (dmesg)"
-            _fail(why, todo)
+            raise _error(why, todo) from None
 
     def _request(self, directory: Path, report_data: bytes, deadline: float) -> bytes:
         provider = self._files.read(directory / "provider", _MAX_ATTRIBUTE).decode("ascii", "replace").strip()
         if provider != PROVIDER:
-            _fail(f"the attestation driver is {provider}, not {PROVIDER}", "run in a TDX TD")
+            raise _error(f"the attestation driver is {provider}, not {PROVIDER}", "run in a TDX TD")
         before = self._generation(directory)
         self._files.write(directory / "inblob", report_data)
         quote = self._outblob(directory / "outblob", deadline)
         if self._generation(directory) != (before + 1) % _WRAP:
             raise _Raced
         if not quote:
-            _fail("the host answered with an empty quote", _HOST_TODO)
+            raise _error("the host answered with an empty quote", _HOST_TODO)
         return quote
 
     def _outblob(self, path: Path, deadline: float) -> bytes:
@@ -128,7 +129,7 @@ class ConfigfsQuotes:
                 if error.errno == errno.EINVAL:
                     raise _Raced from None  # there is no inblob: the write of ours was refused unseen
                 if error.errno == errno.EFBIG:
-                    _fail(f"a quote of more than {MAX_QUOTE_SIZE} bytes", _HOST_TODO)
+                    raise _error(f"a quote of more than {MAX_QUOTE_SIZE} bytes", _HOST_TODO) from None
                 if error.errno not in _AGAIN:
                     raise
                 last = reason(error)
@@ -136,14 +137,14 @@ class ConfigfsQuotes:
                 break
             self._pause(pause_s)
             pause_s = min(pause_s * 2, _LAST_PAUSE_S)
-        _fail(f"the host did not answer in time: {last}", _HOST_TODO)
+        raise _error(f"the host did not answer in time: {last}", _HOST_TODO)
 
     def _generation(self, directory: Path) -> int:
         text = self._files.read(directory / "generation", _MAX_ATTRIBUTE).strip()
         if not text.isdigit() or len(text) > 20:
-            _fail("the generation is not a number", "use a kernel with configfs-tsm as it was published")
+            raise _error("the generation is not a number", "use a kernel with configfs-tsm as it was published")
         return int(text)
 
 
-def _fail(why: str, todo: str) -> NoReturn:
-    raise failed("configfs-tsm gave no quote", why=why, todo=todo) from None
+def _error(why: str, todo: str) -> CloisterError:
+    return failed("configfs-tsm gave no quote", why=why, todo=todo)

@@ -130,7 +130,7 @@ class QgsClient:
         raise failed(
             f"the quote generation service at {self._address.text} gave no quote",
             why=why,
-            todo="on the host, start qgsd and let it listen there (/etc/qgs.conf; vsock needs QEMU's vhost-vsock device)",
+            todo="on the host, start qgsd and let it listen there (/etc/qgs.conf; vsock needs a vhost-vsock device)",
         ) from None
 
 

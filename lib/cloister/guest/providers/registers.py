@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hmac
 from pathlib import Path
-from typing import NoReturn
 
+from cloister.errors import CloisterError
 from cloister.guest.providers.base import DIGEST_SIZE, failed, reason
 from cloister.guest.providers.kernel import KernelFiles
 from cloister.tlv import sha384
@@ -33,9 +33,9 @@ class Registers:
                 "use a simulated platform",
             ) from None
         except OSError as error:
-            _fail(index, f"reading: {reason(error)}")
+            raise _error(index, f"reading: {reason(error)}") from None
         if len(value) != DIGEST_SIZE:
-            _fail(index, f"it reads as {len(value)} bytes, not {DIGEST_SIZE}")
+            raise _error(index, f"it reads as {len(value)} bytes, not {DIGEST_SIZE}")
         return value
 
     def extend(self, index: int, digest: bytes) -> bytes:
@@ -44,20 +44,20 @@ class Registers:
         try:
             self._files.write(self._path(index), digest)
         except OSError as error:
-            _fail(index, f"extending: {reason(error)}")
+            raise _error(index, f"extending: {reason(error)}") from None
         after = self.read(index)
         if hmac.compare_digest(after, sha384(before, digest)):
             return after
         if after == before:
-            _fail(index, "it did not change when it was extended")
-        _fail(index, "it holds another value than this extension gives: something else extends it, too")
+            raise _error(index, "it did not change when it was extended")
+        raise _error(index, "it holds another value than this extension gives: something else extends it, too")
 
     def _path(self, index: int) -> Path:
         return self._root / f"rtmr{index}:sha384"
 
 
-def _fail(index: int, why: str) -> NoReturn:
-    raise failed(
+def _error(index: int, why: str) -> CloisterError:
+    return failed(
         f"RTMR{index} cannot be used",
         why=why,
         todo="run as root in a TD of its own, with nothing else in it that extends this register",

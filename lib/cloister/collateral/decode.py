@@ -43,7 +43,7 @@ class SignedText:
     """A document cut from its answer, still only claimed."""
 
     text: bytes  # TCB info or QE identity: the exact signed JSON; a CRL: DER
-    signature: bytes  # 64, r || s; empty for a CRL, which carries its own
+    signature: bytes  # 128 hexadecimal digits, r || s; empty for a CRL, which carries its own
     chain_pem: bytes  # signer and root; empty for the root CRL
 
 
@@ -57,14 +57,14 @@ def decode(kind: DocumentKind, answer: Answer) -> SignedText:
 
 
 def split_signed(kind: DocumentKind, body: bytes) -> tuple[bytes, bytes]:
-    """Return the exact signed text and the signature (64 bytes) of a TCB info or QE identity body."""
+    """Return the exact signed text and the signature (in hexadecimal) of a TCB info or QE identity body."""
     found = _SIGNED[kind].fullmatch(body)
     if found is None:
         what = "HTML" if looks_like_html(body) else "something else"
         raise FetchFailed(
             Failure.NOT_COLLATERAL, f"the answer is {what}, not a signed {_SIGNED_MEMBER[kind]} and its signature"
         )
-    return found[1], bytes.fromhex(found[2].decode("ascii"))
+    return found[1], found[2]
 
 
 def decode_crl(body: bytes) -> bytes:

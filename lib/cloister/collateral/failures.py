@@ -34,7 +34,9 @@ class Failure(enum.StrEnum):
     HOST_NOT_ALLOWED = "host-not-allowed"
     # Of documents that arrived:
     UNAUTHENTIC = "unauthentic"  # a signature, a chain, a name
+    REVOKED = "revoked"  # the signer, by the root's list
     EXPIRED = "expired"  # authentic, and past its time
+    NOT_YET_VALID = "not-yet-valid"  # authentic, and from after what our clock says
     OLDER = "older"  # authentic, and older than what is known already
 
 
@@ -53,7 +55,9 @@ _CODES: Final = {
     Failure.GONE: Code.COLLATERAL_NOT_FOUND,
     Failure.BAD_REQUEST: Code.COLLATERAL_NOT_FOUND,
     Failure.UNAUTHENTIC: Code.COLLATERAL_INVALID,
+    Failure.REVOKED: Code.COLLATERAL_INVALID,
     Failure.OLDER: Code.COLLATERAL_INVALID,
+    Failure.NOT_YET_VALID: Code.COLLATERAL_NOT_YET_VALID,
     Failure.EXPIRED: Code.COLLATERAL_EXPIRED,
 }
 _TODO: Final = {
@@ -66,6 +70,8 @@ _TODO: Final = {
     Failure.REDIRECTED: "configure the address that the server redirects to, if it is yours",
     Failure.NOT_COLLATERAL: "check the URL of the collateral server, and what stands between",
     Failure.UNAUTHENTIC: "check which server this is; do not use what it serves",
+    Failure.REVOKED: "refresh the PCCS, or fetch from Intel",
+    Failure.NOT_YET_VALID: "set this machine's clock",
     Failure.OLDER: "refresh the PCCS; to accept the older collateral on purpose, reset the family first",
     Failure.EXPIRED: "refresh the PCCS, or fetch from Intel; check this machine's clock",
 }

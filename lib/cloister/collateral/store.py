@@ -64,7 +64,7 @@ class CollateralStore:
         """Open or create the file for this root; raise CloisterError when it belongs to another."""
         database = Database.open(path, _MIGRATIONS)
         try:
-            found = database.write_sync(lambda connection: _claim(connection, root_fingerprint))
+            found = _owner(database, root_fingerprint)
             if found != root_fingerprint:
                 raise CloisterError(
                     Code.CONFIG_INVALID,
@@ -79,7 +79,10 @@ class CollateralStore:
 
     def load(self) -> list[StoredAnswer]:
         """Return every row that can be read; the rest is not worth keeping."""
-        rows = self._database.read_sync(lambda connection: connection.execute("SELECT * FROM answers").fetchall())
+        try:
+            rows = self._database.read_sync(lambda connection: connection.execute("SELECT * FROM answers").fetchall())
+        except apsw.Error as error:
+            raise _damaged(error) from error
         return [row for row in map(_from_row, rows) if row is not None]
 
     async def put(self, stored: StoredAnswer) -> None:
@@ -96,16 +99,38 @@ class CollateralStore:
             answer.chain_header,
             (stored.fetched_at - _EPOCH) // timedelta(milliseconds=1),
         )
-        await self._database.write(lambda connection: connection.execute(_PUT, values).fetchall())
+        try:
+            await self._database.write(lambda connection: connection.execute(_PUT, values).fetchall())
+        except apsw.Error as error:
+            raise _damaged(error) from error
 
     async def remove(self, url: str) -> None:
         """Forget an answer, and with it what was newest."""
-        await self._database.write(
-            lambda connection: connection.execute("DELETE FROM answers WHERE url = ?", (url,)).fetchall()
-        )
+        try:
+            await self._database.write(
+                lambda connection: connection.execute("DELETE FROM answers WHERE url = ?", (url,)).fetchall()
+            )
+        except apsw.Error as error:
+            raise _damaged(error) from error
 
     def close(self) -> None:
         self._database.close()
+
+
+def _owner(database: Database, fingerprint: bytes) -> bytes:
+    try:
+        return database.write_sync(lambda connection: _claim(connection, fingerprint))
+    except apsw.Error as error:
+        raise _damaged(error) from error
+
+
+def _damaged(error: apsw.Error) -> CloisterError:
+    return CloisterError(
+        Code.IO_FAILED,
+        what="the collateral cache cannot be read or written",
+        why=str(error),
+        todo="remove its file: what it held is fetched again",
+    )
 
 
 def _claim(connection: apsw.Connection, fingerprint: bytes) -> bytes:

@@ -127,13 +127,20 @@ class TestConfiguration:
     def test_a_core_that_is_not_there_is_named_with_those_that_are(self) -> None:
         missing = max(os.sched_getaffinity(0)) + 7
         with pytest.raises(CloisterError) as caught:
-            make_options([missing], 0, 0, 0, 0, "demo")
+            make_options([missing])
         assert caught.value.code is Code.CORES_INSUFFICIENT
         assert str(missing) in caught.value.what
 
     def test_a_tenant_is_a_name(self) -> None:
         with pytest.raises(CloisterError):
-            make_options([], 0, 0, 0, 0, "Demo/x")
+            make_options(tenant="Demo/x")
+
+    def test_gateway_and_backends_never_share_a_core(self) -> None:
+        core = min(os.sched_getaffinity(0))
+        with pytest.raises(CloisterError) as caught:
+            make_options(gateway_core=core, backend_core=core)
+        assert caught.value.code is Code.CORES_INSUFFICIENT
+        assert make_options(gateway_core=core).backend_core != core
 
     def test_a_taken_port_is_named_with_its_option(self) -> None:
         import socket

@@ -78,7 +78,7 @@ def demo(
         args=context.meta[JOB_ARGUMENTS],
         report=(report or directory.root / "reports" / f"{_stamp()}.html").absolute(),
     )
-    run_async(_with_stack(run, make_options([], 0, 1, 0, 0, "demo")))
+    run_async(_with_stack(run, make_options()))
 
 
 @dataclass(slots=True)
@@ -184,6 +184,7 @@ async def _keys_and_sealing(run: Run, session: Session, scratch: Path, *, data_u
     from cloister.cli.demodata import prepare, require_only_ciphertext
     from cloister.cli.keys import create_key
     from cloister.cli.sealing import seal_directory
+    from cloister.cli.state import SERVICES
     from cloister.cli.trust import verify_services
 
     run.chapter(2, "Keys with release policies; the data is sealed")
@@ -191,8 +192,8 @@ async def _keys_and_sealing(run: Run, session: Session, scratch: Path, *, data_u
     run.rows_by_file = data.rows
     origin = "generated a sample" if data.own else f"checked {data.directory}"
     run.say(f"{origin}: " + ", ".join(f"{count:,} rows in {name}" for name, count in data.rows.items()))
-    with run.timed("verifying attest and keybroker"):
-        verified = await verify_services(session)
+    with run.timed("verifying the four services"):
+        verified = await verify_services(session, SERVICES)
     run.say(f"verified here, before trusting them: {', '.join(verified)} ({_passed(verified)} checks)")
     for uri, draft in _policies(session, data_uri, model_uri).items():
         text = draft.to_yaml()

@@ -8,6 +8,7 @@ import enum
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -43,9 +44,9 @@ def up(
     detach: Annotated[
         bool, typer.Option("--detach/--foreground", help="Return when it is up, or stay until Ctrl-C.")
     ] = False,
-    rank_core: Annotated[list[int] | None, typer.Option(help="Cores for training ranks (default 0 and 1).")] = None,
-    gateway_core: Annotated[int, typer.Option(min=0, help="Core of the gateway.")] = 0,
-    backend_core: Annotated[int, typer.Option(min=0, help="Core of the model backends.")] = 1,
+    rank_core: Annotated[list[int] | None, typer.Option(help="Cores for training ranks; default: all.")] = None,
+    gateway_core: Annotated[int | None, typer.Option(help="Core of the gateway; default: the first.")] = None,
+    backend_core: Annotated[int | None, typer.Option(help="Core of model backends; default: the second.")] = None,
     gateway_port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC port of the gateway; 0: any free.")] = 0,
     https_port: Annotated[int, typer.Option(min=0, max=65535, help="HTTPS port of the gateway; 0: any free.")] = 0,
     tenant: Annotated[str, typer.Option(help="Your tenant: the owner in key URIs.")] = "demo",
@@ -156,24 +157,36 @@ def logs(
 
 
 def make_options(
-    rank_cores: list[int], gateway_core: int, backend_core: int, gateway_port: int, https_port: int, tenant: str
+    rank_cores: Sequence[int] = (),
+    gateway_core: int | None = None,
+    backend_core: int | None = None,
+    gateway_port: int = 0,
+    https_port: int = 0,
+    tenant: str = "demo",
 ) -> StackOptions:
-    """Return checked options; raise CloisterError when a core is not this process's or the tenant is no name."""
+    """Return checked options; raise CloisterError when the cores do not do or the tenant is no name."""
     import os
 
     from cloister.identity import is_name
 
     available = sorted(os.sched_getaffinity(0))
-    chosen = tuple(rank_cores) or tuple(available[:2])
-    missing = sorted({*rank_cores, gateway_core, backend_core} - set(available))
-    if len(available) == 1 and missing == [1]:
-        backend_core, missing = available[0], []
+    gateway = available[0] if gateway_core is None else gateway_core
+    others = [core for core in available if core != gateway]
+    backend = (others or [gateway])[0] if backend_core is None else backend_core
+    missing = sorted({*rank_cores, gateway, backend} - set(available))
     if missing:
         raise CloisterError(
             Code.CORES_INSUFFICIENT,
             what=f"there is no core {', '.join(map(str, missing))} for this process",
             why=f"it may use {', '.join(map(str, available))}",
             todo="choose among these with --rank-core, --gateway-core and --backend-core",
+        )
+    if gateway == backend:
+        raise CloisterError(
+            Code.CORES_INSUFFICIENT,
+            what=f"gateway and backends cannot share core {gateway}",
+            why=f"each is pinned to cores of its own; this process may use {', '.join(map(str, available))}",
+            todo="allow this process two cores, or choose two with --gateway-core and --backend-core",
         )
     if not is_name(tenant):
         raise CloisterError(
@@ -184,9 +197,9 @@ def make_options(
         )
     return StackOptions(
         tenant=tenant,
-        rank_cores=chosen,
-        gateway_core=gateway_core,
-        backend_core=backend_core,
+        rank_cores=tuple(rank_cores) or tuple(available),
+        gateway_core=gateway,
+        backend_core=backend,
         gateway_port=gateway_port,
         https_port=https_port,
     )

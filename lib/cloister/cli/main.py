@@ -16,7 +16,7 @@ from typer.exceptions import Abort, TyperException
 
 from cloister.cli import attest, demo, dev, doctor, identity, keys, measure, model, predict, quote, sealing, train
 from cloister.cli.options import remember_state
-from cloister.cli.output import print_error, write_json
+from cloister.cli.output import print_error
 from cloister.errors import CloisterError, Code
 
 INTERRUPTED_EXIT: Final = 130  # 128 + SIGINT, as shells report it
@@ -86,7 +86,7 @@ def execute(arguments: list[str]) -> int:
         _drop_stdout()
         return 0
     if outcome == INTERRUPTED_EXIT:
-        return _interrupted(as_json=as_json)
+        return _interrupted()
     return outcome if isinstance(outcome, int) else 0
 
 
@@ -105,18 +105,16 @@ def _usage(error: TyperException, *, as_json: bool) -> int:
     return print_error(problem, as_json=as_json)
 
 
-def _interrupted(*, as_json: bool) -> int:
-    error = CloisterError(Code.INTERRUPTED, what="stopped by you")
-    sys.stderr.write(f"\n{error.what}\n")
-    if as_json:
-        write_json({"error": {"code": error.code.text, "what": error.what}, "exit_code": INTERRUPTED_EXIT})
+def _interrupted() -> int:
+    # Nothing on stdout: a stream that ends early, or no document, and the exit code say it.
+    sys.stderr.write("\nstopped by you\n")
     return INTERRUPTED_EXIT
 
 
 def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Write the traceback, without local variables, to a private file and one line to stderr."""
     if issubclass(kind, KeyboardInterrupt):
-        _interrupted(as_json=False)
+        _interrupted()
         return
     text = "".join(traceback.format_exception(kind, error, trace))
     with tempfile.NamedTemporaryFile(  # made 0600

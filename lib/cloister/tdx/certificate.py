@@ -18,10 +18,18 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import ExtensionOID, NameOID
+from cryptography.x509.oid import ExtensionOID
 
-from cloister.tdx.der import BIT_STRING, SEQUENCE, DerError, DerReader
+from cloister.tdx.der import (
+    BIT_STRING,
+    OBJECT_IDENTIFIER,
+    PRINTABLE_STRING,
+    SEQUENCE,
+    SET,
+    UTF8_STRING,
+    DerError,
+    DerReader,
+)
 from cloister.tdx.quote import QuoteRejected
 
 ECDSA_SHA256: Final = ec.ECDSA(SHA256())
@@ -45,6 +53,7 @@ _PEM: Final = re.compile(
 )
 # SubjectPublicKeyInfo of an uncompressed P-256 point, up to x || y (RFC 5480).
 _P256_SPKI_PREFIX: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d03010703420004")
+_COMMON_NAME: Final = bytes.fromhex("550403")  # the contents of object identifier 2.5.4.3
 _SERIAL_END: Final = 1 << 160  # RFC 5280, 4.1.2.2: positive, 20 octets; Intel's have the highest bit set
 _KNOWN_CRITICAL: Final = frozenset({ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE})
 
@@ -72,6 +81,7 @@ def require_within(windows: Iterable[Window], now: datetime) -> None:
 class Certificate:
     """A certificate whose frame was read strictly, with the raw names that link it to others."""
 
+    der: bytes
     x509: x509.Certificate
     what: str  # "leaf", "CA", "root", "TCB signing"
     issuer_der: bytes
@@ -137,17 +147,14 @@ def load_certificate(der: bytes, what: str) -> Certificate:
         _reject("P3", f"the {what} certificate's key is not an uncompressed P-256 point")
     try:
         loaded = x509.load_der_x509_certificate(der)
-        canonical = loaded.public_bytes(Encoding.DER)
         valid_from, valid_until = loaded.not_valid_before_utc, loaded.not_valid_after_utc
     except UNREADABLE:
         raise QuoteRejected("P1", f"the {what} certificate does not parse") from None
-    if canonical != der:
-        _reject("P1", f"the {what} certificate is not canonical DER")
     try:
         key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), public_key_info[-65:])
     except ValueError:
         raise QuoteRejected("P3", f"the {what} certificate's key is not a point on P-256") from None
-    return Certificate(loaded, what, issuer_der, subject_der, public_key_info, key, valid_from, valid_until)
+    return Certificate(der, loaded, what, issuer_der, subject_der, public_key_info, key, valid_from, valid_until)
 
 
 def verify_signature(certificate: Certificate, key: ec.EllipticCurvePublicKey) -> None:
@@ -192,14 +199,32 @@ def require_end_entity(leaf: Certificate) -> None:
 
 
 def require_name(certificate: Certificate, names: tuple[str, ...]) -> str:
+    """Require a subject with exactly one common name, one of these, and return it (P5)."""
     try:
-        subject = certificate.x509.subject
-    except UNREADABLE:
+        found = [value.decode() for value in _common_names(certificate.subject_der)]
+    except (DerError, UnicodeDecodeError):
         raise QuoteRejected("P1", f"the {certificate.what} certificate's subject does not parse") from None
-    found = [name.value for name in subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     if len(found) != 1 or found[0] not in names:
         _reject("P5", f"the {certificate.what} certificate is of {found}, not of {' or '.join(names)}")
-    return str(found[0])
+    return found[0]
+
+
+def _common_names(name_der: bytes) -> list[bytes]:
+    """Return the values of attribute 2.5.4.3 of a Name (RFC 5280, 4.1.2.4); UTF-8 or printable strings only."""
+    values: list[bytes] = []
+    relative_names = DerReader(name_der).enter()
+    while not relative_names.at_end:
+        attributes = relative_names.enter(SET)
+        while not attributes.at_end:
+            attribute = attributes.enter()
+            kind = attribute.take(OBJECT_IDENTIFIER)
+            value = attribute.take_any()
+            attribute.finish()
+            if kind == _COMMON_NAME:
+                if value[0] not in (UTF8_STRING, PRINTABLE_STRING):
+                    raise DerError("a common name that is no text")
+                values.append(value[1])
+    return values
 
 
 def _reject(check: str, reason: str) -> NoReturn:

@@ -120,13 +120,25 @@ class VerifiedCollateral:
     root_crl: RevocationList
     pck_crl: RevocationList
     pck_ca: Certificate
+    signer: Certificate  # of the TCB info
     windows: tuple[Window, ...]
-    checks: tuple[Check, ...]
 
     @property
     def expires(self) -> datetime:
         """The first moment after which a part of it is not valid any more."""
         return min(window.end for window in self.windows)
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        root_crl, pck_crl, signer = self.root_crl, self.pck_crl, self.signer.window("T1")
+        return (
+            Check("R1", True, "a list signed by the root", f"number {root_crl.number}, {_span(root_crl.window)}"),
+            Check("R2", True, "a list signed by the PCK CA", f"number {pck_crl.number}, {_span(pck_crl.window)}"),
+            Check("R3-R6", True, "no certificate revoked", "none"),
+            Check("T1", True, f"TCB info signed by {TCB_SIGNING_NAME} under the root", _span(signer)),
+            Check("T2-T7", True, "TCB info, strict JSON, valid now", _span(self.tcb_info.window)),
+            Check("Q1-Q3", True, "a QE identity, strict JSON, valid now", _span(self.qe_identity.window)),
+        )
 
     def require_not_revoked(self, chain: PckChain) -> None:
         """Require that the lists are about this chain, and do not name it (R2, R3, R4)."""
@@ -151,8 +163,12 @@ class VerifiedCollateral:
                 _reject("T13", "a revocation list has a lower number than one seen before")
 
 
-def verify_collateral(collateral: Collateral, root: TrustRoot) -> VerifiedCollateral:
-    """Verify everything but the time; raise QuoteRejected with the row that fails."""
+def verify_collateral(collateral: Collateral, chain: PckChain) -> VerifiedCollateral:
+    """Verify everything but the time, under the root of this chain; raise QuoteRejected with the row that fails.
+
+    Whether the chain itself is revoked is asked of the result.
+    """
+    root = chain.root
     # 1. X2: sizes; a part that is not there is refused by the row that needs it.
     for name, (limit, row) in _LIMITS.items():
         size = len(getattr(collateral, name))
@@ -164,7 +180,7 @@ def verify_collateral(collateral: Collateral, root: TrustRoot) -> VerifiedCollat
     # 2. R1, R6: the root's list.
     root_crl = verify_crl(to_der(collateral.root_ca_crl, "root CRL"), issuer, check="R1", what="root CRL")
     # 3. R2, R3: the CA's list.
-    ca = _issuer_chain(collateral.pck_crl_issuer_chain, root, "R2", CA_NAMES, "PCK CA")
+    ca = _issuer_chain(collateral.pck_crl_issuer_chain, root, "R2", CA_NAMES, "PCK CA", chain.ca)
     root_crl.require_not_revoked(ca, "R3")
     pck_crl = verify_crl(to_der(collateral.pck_crl, "PCK CRL"), ca, check="R2", what="PCK CRL")
     # 4. T1, R5, T2: TCB info.
@@ -189,23 +205,22 @@ def verify_collateral(collateral: Collateral, root: TrustRoot) -> VerifiedCollat
         qe_signer.window("Q1"),
         qe_identity.window,
     )
-    checks = (
-        Check("R1", True, "a list signed by the root", f"number {root_crl.number}, {_span(root_crl.window)}"),
-        Check("R2", True, "a list signed by the PCK CA", f"number {pck_crl.number}, {_span(pck_crl.window)}"),
-        Check("R3-R5", True, "no certificate revoked", "none"),
-        Check("T1", True, f"TCB info signed by {TCB_SIGNING_NAME} under the root", _span(signer.window("T1"))),
-        Check("T2-T7", True, "TCB info, strict JSON, valid now", f"{_span(tcb_info.window)}"),
-        Check("Q1-Q3", True, "a QE identity, strict JSON, valid now", f"{_span(qe_identity.window)}"),
-    )
-    return VerifiedCollateral(root, collateral.digest, tcb_info, qe_identity, root_crl, pck_crl, ca, windows, checks)
+    return VerifiedCollateral(root, collateral.digest, tcb_info, qe_identity, root_crl, pck_crl, ca, signer, windows)
 
 
-def _issuer_chain(pem: bytes, root: TrustRoot, check: str, names: tuple[str, ...], what: str) -> Certificate:
-    """Return the first of exactly two certificates: of this role, issued by the root itself."""
+def _issuer_chain(
+    pem: bytes, root: TrustRoot, check: str, names: tuple[str, ...], what: str, known: Certificate | None = None
+) -> Certificate:
+    """Return the first of exactly two certificates: of this role, issued by the root itself.
+
+    `known` is a certificate of that role that was verified under this root before.
+    """
     try:
         der, root_der = split_pem(pem, 2)
         if root_der != root.certificate_der:
             _reject(check, "the chain does not end in the root that the quote is under")
+        if known is not None and der == known.der:
+            return known
         certificate = load_certificate(der, what)
         verify_signature(certificate, root.certificate.key)
         if certificate.issuer_der != root.certificate.subject_der:

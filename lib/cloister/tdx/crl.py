@@ -24,7 +24,6 @@ from cloister.tdx.quote import QuoteRejected
 MAX_CRL_SIZE: Final = 3 * 1024 * 1024  # bytes of DER: 80,000 revoked certificates; Intel's have 100
 
 _PEM: Final = re.compile(rb"-----BEGIN X509 CRL-----\r?\n([A-Za-z0-9+/=\r\n]+)-----END X509 CRL-----\s*\0?")
-_HEX: Final = re.compile(rb"(?:[0-9A-Fa-f]{2})+\s*\0?")
 _KNOWN_CRITICAL: Final = (ExtensionOID.AUTHORITY_KEY_IDENTIFIER, ExtensionOID.CRL_NUMBER)
 
 
@@ -53,17 +52,21 @@ def to_der(data: bytes, what: str) -> bytes:
         _reject("R6", f"the {what} is missing")
     if len(data) > 2 * MAX_CRL_SIZE + 2:
         _reject("X2", f"the {what} has {len(data)} bytes; at most {MAX_CRL_SIZE} of DER are read")
-    if data[0] == SEQUENCE and not _HEX.fullmatch(data):
-        der = data
-    elif block := _PEM.fullmatch(data):
+    if data[:5] == b"-----":
+        block = _PEM.fullmatch(data)
+        if block is None:
+            _reject("R6", f"the {what} is not one PEM block")
         try:
             der = base64.b64decode(block[1].translate(None, b"\r\n"), validate=True)
         except binascii.Error:
             raise QuoteRejected("R6", f"the {what} is PEM that is not base64") from None
-    elif _HEX.fullmatch(data):
-        der = bytes.fromhex(data.rstrip(b"\0").decode())
+    elif data[:1] == b"\x30" and data[1:2] >= b"\x80":  # a list has over 127 bytes; hex has no such byte
+        der = data
     else:
-        _reject("R6", f"the {what} is neither DER, PEM nor hex")
+        try:
+            der = bytes.fromhex(data.rstrip(b"\0").decode("ascii"))
+        except ValueError:
+            raise QuoteRejected("R6", f"the {what} is neither DER, PEM nor hex") from None
     if len(der) > MAX_CRL_SIZE:
         _reject("X2", f"the {what} has {len(der)} bytes; at most {MAX_CRL_SIZE} are read")
     return der

@@ -106,7 +106,7 @@ def appraise_platform(verdict: Verdict, *, policy: DefaultPolicy | None = None) 
     policy = policy or DefaultPolicy()
     quote = verdict.quote
     own = _td(quote.body, policy) if isinstance(quote, Quote) else _enclave(quote.body)
-    return Appraisal((*_status(verdict, policy), *own))
+    return Appraisal((*own, *_status(verdict, policy)))
 
 
 def _status(verdict: Verdict, policy: DefaultPolicy) -> list[Check]:

@@ -11,7 +11,10 @@ BIT_STRING: Final = 0x03
 OCTET_STRING: Final = 0x04
 OBJECT_IDENTIFIER: Final = 0x06
 ENUMERATED: Final = 0x0A
+UTF8_STRING: Final = 0x0C
+PRINTABLE_STRING: Final = 0x13
 SEQUENCE: Final = 0x30
+SET: Final = 0x31
 
 
 class DerError(ValueError):
@@ -36,6 +39,13 @@ class DerReader:
         """Return the contents of the next element, which must have this tag."""
         start, end = self._next(tag)
         return self._data[start:end]
+
+    def take_any(self) -> tuple[int, bytes]:
+        """Return tag and contents of the next element, whatever its tag."""
+        if self.at_end:
+            raise DerError("cut before an element")
+        tag = self._data[self._offset]
+        return tag, self.take(tag)
 
     def take_whole(self, tag: int) -> bytes:
         """Return the next element with its tag and length."""

@@ -42,9 +42,23 @@ class PckChain:
     root: TrustRoot
     ca: Certificate
     leaf: Certificate
+    ca_name: str
     pck: PckExtension
     windows: tuple[Window, ...]
-    checks: tuple[Check, ...]
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        start, end = max(window.start for window in self.windows), min(window.end for window in self.windows)
+        return (
+            Check("P1", True, "three certificates, leaf to root", "as wanted"),
+            Check("P2", True, "a configured root", f"SHA-256 {self.root.fingerprint.hex()}"),
+            Check("P3", True, "ECDSA P-256 with SHA-256, each signed by the next", "all verify"),
+            Check("P4", True, "CAs that may issue, a leaf that may not", "as wanted"),
+            Check("P5", True, f"{LEAF_NAME} under a PCK CA under {ROOT_NAME}", f"under {self.ca_name}"),
+            Check("P6", True, "valid now", f"from {start:%Y-%m-%dT%H:%M:%SZ} to {end:%Y-%m-%dT%H:%M:%SZ}"),
+            Check("P7", True, "one SGX extension, strict DER", f"FMSPC {self.pck.fmspc.hex()}"),
+            Check("P8", True, "no unknown critical and no duplicate extension", "none"),
+        )
 
 
 def verify_pck_chain(pem: bytes, *, roots: Sequence[TrustRoot], now: datetime) -> PckChain:
@@ -86,18 +100,7 @@ def load_pck_chain(pem: bytes, *, roots: Sequence[TrustRoot]) -> PckChain:
     pck = _sgx_extension(leaf)
 
     windows = tuple(certificate.window("P6") for certificate in (leaf, ca, root.certificate))
-    start, end = max(w.start for w in windows), min(w.end for w in windows)
-    checks = (
-        Check("P1", True, "three certificates, leaf to root", f"{len(pem)} bytes of PEM"),
-        Check("P2", True, "a configured root", f"SHA-256 {root.fingerprint.hex()}"),
-        Check("P3", True, "ECDSA P-256 with SHA-256, each signed by the next", "all verify"),
-        Check("P4", True, "CAs that may issue, a leaf that may not", "as wanted"),
-        Check("P5", True, f"{LEAF_NAME} under a PCK CA under {ROOT_NAME}", f"under {ca_name}"),
-        Check("P6", True, "valid now", f"from {start:%Y-%m-%dT%H:%M:%SZ} to {end:%Y-%m-%dT%H:%M:%SZ}"),
-        Check("P7", True, "one SGX extension, strict DER", f"FMSPC {pck.fmspc.hex()}"),
-        Check("P8", True, "no unknown critical and no duplicate extension", "none"),
-    )
-    return PckChain(root, ca, leaf, pck, windows, checks)
+    return PckChain(root, ca, leaf, ca_name, pck, windows)
 
 
 def _sgx_extension(leaf: Certificate) -> PckExtension:

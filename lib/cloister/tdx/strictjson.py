@@ -2,8 +2,8 @@
 """JSON as Intel signs it, read strictly (row T2), and typed access to its members.
 
 Refused: a byte-order mark, bytes that are not UTF-8, duplicate members, NaN and infinities, fractions and exponents,
-integers over 64 bits, and nesting that the interpreter's recursion limit ends. Callers verify the signature over these
-bytes first, so that only what Intel signed is parsed at all.
+and nesting that the interpreter's recursion limit ends; integers are bounded where they are read. Callers verify the
+signature over these bytes first, so that only what Intel signed is parsed at all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any, Final, NoReturn
 
 from cloister.tdx.quote import QuoteRejected
 
-_MAX_INTEGER: Final = 2**63
 # RFC 3339, 5.6, with a zone.
 _TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,6})?(?:Z|[+-]\d\d:\d\d)", re.ASCII)
 
@@ -80,9 +79,7 @@ def parse_object(data: bytes, what: str, check: str) -> StrictObject:
     """Parse one JSON object; raise QuoteRejected(check) for anything else."""
     try:
         text = data.decode()  # json would take a byte-order mark, and UTF-16
-        value = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_refuse, parse_float=_refuse, parse_int=_integer
-        )
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse, parse_float=_refuse)
     except (ValueError, RecursionError):
         raise QuoteRejected(check, f"{what} is not strict JSON") from None
     return StrictObject(value, what, check)
@@ -93,12 +90,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) != len(pairs):
         raise ValueError("duplicate member")
     return members
-
-
-def _integer(text: str) -> int:
-    if len(text) > 20 or not -_MAX_INTEGER <= (value := int(text)) < _MAX_INTEGER:
-        raise ValueError("an integer over 64 bits")
-    return value
 
 
 def _refuse(text: str) -> NoReturn:

@@ -101,7 +101,7 @@ class Verifier:
         collateral_key = collateral.digest + chain.root.fingerprint
         verified = self._collateral.get(collateral_key, now)
         if verified is None:
-            verified = verify_collateral(collateral, chain.root)
+            verified = verify_collateral(collateral, chain)
             self._collateral.put(collateral_key, verified.expires, verified)
         if not checked:
             verified.require_not_revoked(chain)

@@ -197,7 +197,7 @@ def verify_with_collateral(
     now = sane_time(now)  # 1
     quote = parse_quote(data)  # 2
     chain = load_pck_chain(quote.signature.pck_chain_pem, roots=roots)  # 3
-    verified = verify_collateral(collateral, chain.root)  # 4
+    verified = verify_collateral(collateral, chain)  # 4
     verified.require_not_revoked(chain)
     return judge(quote, chain, verified, now)  # 3 (P6), 4 (times), 5, 6
 

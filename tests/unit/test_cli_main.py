@@ -77,6 +77,11 @@ def test_an_error_without_reason_has_no_empty_lines(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "error CLO-1199: w\n"
 
 
+def test_an_error_is_three_lines_however_many_its_reason_has(capsys: pytest.CaptureFixture[str]) -> None:
+    print_error(CloisterError(Code.JOB_FAILED, what="w", why="a\nb\r\nc", todo="t"), as_json=False)
+    assert capsys.readouterr().err == "error CLO-1503: w\n  why: a | b | c\n  do:  t\n"
+
+
 def test_text_from_elsewhere_cannot_drive_the_terminal() -> None:
     assert clean("a\x1b[2J\u202eb\x07\n\tc") == "a\ufffd[2J\ufffdb\ufffd\n\tc"
     assert clean("房间很干净") == "房间很干净"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -147,7 +148,7 @@ def draft_policy(
     scripts = [existing_file(path, what="the script") for path in script or []] or [job_script_path()]
     globs = [f"spiffe://{domain}/ns/{key.tenant}/job/*/rank/*"] if PurposeName.TRAIN in purpose else []
     draft = PolicyDraft(
-        name=key.path.rpartition("/")[2].lower(),
+        name=re.sub(r"[^a-z0-9]+", "-", key.path.rpartition("/")[2].lower()).strip("-") or "key",
         owner=stack.user,
         key_uri=uri,
         purposes=purposes,

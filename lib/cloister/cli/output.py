@@ -159,7 +159,7 @@ def print_error(error: CloisterError, *, as_json: bool) -> int:
     lines = [f"error {error.code.text}: {error.what}"]
     lines += [f"  why: {error.why}"] if error.why else []
     lines += [f"  do:  {error.todo}"] if error.todo else []
-    sys.stderr.write(clean("\n".join(lines)) + "\n")
+    sys.stderr.write("".join(clean(" | ".join(line.splitlines())) + "\n" for line in lines))
     sys.stderr.flush()
     exit_code = EXIT_CODE[error.kind]
     if as_json:

@@ -11,18 +11,25 @@ belongs to one root, whose fingerprint is in the file `root`.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from cloister.collateral.documents import PCK_CA_NAMES, QE_IDENTITY_ID, TCB_INFO_ID
-from cloister.collateral.failures import expired, not_yet_valid
+from cloister.collateral.documents import (
+    Document,
+    from_collateral,
+    require_not_older,
+    require_not_revoked,
+    verify_signed,
+)
+from cloister.collateral.failures import FetchFailed, expired, not_yet_valid
 from cloister.collateral.family import Family
+from cloister.collateral.resources import CollateralServer, DocumentKind
 from cloister.errors import CloisterError, Code
 from cloister.runtime.files import write_atomically
-from cloister.tdx.certificate import require_name
-from cloister.tdx.collateral import MAX_COLLATERAL_SIZE, Collateral, VerifiedCollateral, verify_collateral
+from cloister.tdx.collateral import MAX_COLLATERAL_SIZE, Collateral
 from cloister.tdx.quote import QuoteRejected
 from cloister.tdx.trustroot import TrustRoot
 
@@ -38,9 +45,20 @@ class VerifiedBundle:
 
     family: Family
     collateral: Collateral
-    verified: VerifiedCollateral
-    valid_from: datetime
-    expires: datetime
+    documents: Mapping[DocumentKind, Document]
+
+    @property
+    def expires(self) -> datetime:
+        """The last moment at which all parts are valid."""
+        return min(document.expires for document in self.documents.values())
+
+    @property
+    def valid_from(self) -> datetime:
+        return max(document.valid_from for document in self.documents.values())
+
+    @property
+    def evaluation_number(self) -> int:
+        return self.documents[DocumentKind.TCB_INFO].number
 
     def require_valid(self, now: datetime) -> None:
         """Raise CloisterError unless all parts are valid now."""
@@ -50,14 +68,15 @@ class VerifiedBundle:
             raise not_yet_valid(f"collateral for {self.family}", self.valid_from, now)
 
     def require_not_older(self, known: VerifiedBundle) -> None:
-        """Raise CloisterError(COLLATERAL_INVALID) when this would set back what is known."""
+        """Raise CloisterError(COLLATERAL_INVALID) when a part of this would set back what is known."""
         try:
-            self.verified.require_not_older(known.verified)
-        except QuoteRejected as rejected:
+            for kind, document in self.documents.items():
+                require_not_older(document, known.documents[kind])
+        except FetchFailed as failed:
             raise CloisterError(
                 Code.COLLATERAL_INVALID,
                 what=f"collateral for {self.family} is older than what is here",
-                why=rejected.reason,
+                why=failed.reason,
                 todo="get newer collateral, or accept the older on purpose with --reset",
             ) from None
 
@@ -115,29 +134,22 @@ class CollateralBundle:
 
     def verify(self, root: TrustRoot) -> VerifiedBundle:
         """Verify everything but the time; raise CloisterError(COLLATERAL_INVALID)."""
-        family = self.family
         try:
-            verified = verify_collateral(self.collateral, root)
-            if verified.tcb_info.id != TCB_INFO_ID[family.tee] or verified.qe_identity.id != QE_IDENTITY_ID[family.tee]:
-                raise QuoteRejected("T3", f"it is not about {family.tee}")
-            if verified.tcb_info.fmspc != family.fmspc:
-                raise QuoteRejected("T5", f"its TCB info is about FMSPC {verified.tcb_info.fmspc.hex()}")
-            require_name(verified.pck_ca, (PCK_CA_NAMES[family.ca],))
-        except QuoteRejected as rejected:
+            signed = from_collateral(self.collateral)
+            documents = {
+                resource.kind: verify_signed(resource, signed[resource.kind], root=root)
+                for resource in CollateralServer.intel().resources(self.family)
+            }
+            for document in documents.values():
+                require_not_revoked(document, documents[DocumentKind.ROOT_CRL])
+        except FetchFailed as failed:
             raise CloisterError(
                 Code.COLLATERAL_INVALID,
-                what=f"collateral for {family} does not verify",
-                why=f"{rejected.check}: {rejected.reason}",
+                what=f"collateral for {self.family} does not verify",
+                why=failed.reason,
                 todo="check where it comes from, and which root is configured",
             ) from None
-        windows = (*verified.windows, root.certificate.window("P6"))
-        return VerifiedBundle(
-            family,
-            self.collateral,
-            verified,
-            max(window.start for window in windows),
-            min(window.end for window in windows),
-        )
+        return VerifiedBundle(self.family, self.collateral, documents)
 
 
 def bundle_path(directory: Path, family: Family) -> Path:
@@ -159,7 +171,7 @@ def save(bundle: CollateralBundle, directory: Path, *, root: TrustRoot, now: dat
     require_root(directory, root, claim=True)
     if path.exists() and not reset:
         known = _known(path, root)
-        if known is not None:
+        if known is not None and known.family == bundle.family:
             verified.require_not_older(known)
     write_atomically(path, bundle.to_json(), 0o644)
     return path

@@ -176,7 +176,7 @@ class CollateralCache:
 
     async def reset(self, family: Family) -> None:
         """Forget a family's documents, so that older ones are accepted again. Nothing is served until then."""
-        for resource in self._resources(family):
+        for resource in self._client.server.resources(family, self._evaluation_number):
             entry = self._entries.pop(resource.url, None)
             self._holds.pop(resource.url, None)
             await self._store.remove(resource.url)
@@ -202,12 +202,12 @@ class CollateralCache:
                     continue
                 # The time is only what the file claims; nothing was fetched in the future.
                 fetched_at = min(stored.fetched_at, now)
-                document = verify_document(resource, stored.answer, root=self._root, fetched_at=fetched_at)
+                document = verify_document(resource, stored.answer, root=self._root)
             except (ValueError, FetchFailed) as error:
                 reason = error.reason if isinstance(error, FetchFailed) else str(error)
                 self._log.warning("stored collateral is damaged", url=resource.url, reason=reason)
                 continue
-            self._admit(document)
+            self._admit(document, fetched_at)
 
     def _require_clock(self, now: datetime) -> None:
         """Refuse a clock that is behind something that was signed and seen: it would make old collateral valid."""
@@ -215,17 +215,8 @@ class CollateralCache:
         if now < newest:
             raise not_yet_valid("the newest collateral here", newest, now)
 
-    def _resources(self, family: Family) -> tuple[Resource, ...]:
-        server, number = self._client.server, self._evaluation_number
-        return (
-            server.root_crl(),
-            server.pck_crl(family),
-            server.tcb_info(family, number),
-            server.qe_identity(family, number),
-        )
-
     async def _documents(self, family: Family) -> tuple[Document, ...]:
-        root_crl, *others = self._resources(family)
+        root_crl, *others = self._client.server.resources(family, self._evaluation_number)
         # First, so that issuers can be looked up in it before what they signed is kept.
         first = await self._obtain(root_crl, family)
         return (first, *await asyncio.gather(*(self._obtain(resource, family) for resource in others)))
@@ -275,9 +266,7 @@ class CollateralCache:
         try:
             answer = await self._client.fetch(resource)
             fetched_at = self._rhythm.clock()
-            document = await asyncio.to_thread(
-                verify_document, resource, answer, root=self._root, fetched_at=fetched_at
-            )
+            document = await asyncio.to_thread(verify_document, resource, answer, root=self._root)
             self._require_good(document)
         except FetchFailed as failed:
             self._put_on_hold(resource, failed)
@@ -292,7 +281,7 @@ class CollateralCache:
         except CloisterError as error:
             # It is as good in memory. What a full disk costs is the memory of it after a restart.
             self._log.error("collateral could not be stored", url=resource.url, code=error.code.text, why=error.why)
-        self._admit(document, changed=changed)
+        self._admit(document, fetched_at, changed=changed)
         return document
 
     def _require_good(self, document: Document) -> None:
@@ -307,9 +296,9 @@ class CollateralCache:
             require_not_older(document, known.document)
         require_valid(document, self._rhythm.clock())
 
-    def _admit(self, document: Document, *, changed: bool = False) -> None:
-        when = refresh_at(document.fetched_at, document.expires, self._rhythm.jitter())
-        self._entries[document.resource.url] = _Entry(document, when, document.fetched_at)
+    def _admit(self, document: Document, fetched_at: datetime, *, changed: bool = False) -> None:
+        when = refresh_at(fetched_at, document.expires, self._rhythm.jitter())
+        self._entries[document.resource.url] = _Entry(document, when, fetched_at)
         if document.resource.kind is DocumentKind.ROOT_CRL:
             for entry in self._entries.values():
                 try:

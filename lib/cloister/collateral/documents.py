@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from cloister.collateral.decode import Answer, SignedText, decode
+from cloister.collateral.decode import Answer, SignedText, decode, decode_crl
 from cloister.collateral.failures import Failure, FetchFailed, kind_text
 from cloister.collateral.family import PckCa, Tee
 from cloister.collateral.resources import DocumentKind, Resource
@@ -51,16 +51,14 @@ QE_IDENTITY_ID: Final = {Tee.TDX: "TD_QE", Tee.SGX: "QE"}
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One verified document. Only `verify_document` makes one; it holds at all times inside its windows."""
+    """One verified document; it holds at all times inside its windows."""
 
     resource: Resource
-    answer: Answer
     signed: SignedText
     number: int  # TCB evaluation number, or CRL number
     issued: datetime
     valid_from: datetime
     expires: datetime  # the last moment at which all of it is valid: nextUpdate, and every certificate's notAfter
-    fetched_at: datetime
     issuer: Certificate | None  # whom the root's list could revoke; None for that list itself
     revocations: RevocationList | None  # of a CRL
 
@@ -73,9 +71,13 @@ class Document:
         return self.signed == other.signed
 
 
-def verify_document(resource: Resource, answer: Answer, *, root: TrustRoot, fetched_at: datetime) -> Document:
+def verify_document(resource: Resource, answer: Answer, *, root: TrustRoot) -> Document:
     """Verify an answer, all but time and revocation (steps 1 to 4); raise FetchFailed."""
-    signed = decode(resource.kind, answer)
+    return verify_signed(resource, decode(resource.kind, answer), root=root)
+
+
+def verify_signed(resource: Resource, signed: SignedText, *, root: TrustRoot) -> Document:
+    """Verify signed text, all but time and revocation (steps 2 to 4); raise FetchFailed(UNAUTHENTIC)."""
     what = kind_text(resource.kind)
     try:
         if resource.kind is DocumentKind.ROOT_CRL:
@@ -99,13 +101,11 @@ def verify_document(resource: Resource, answer: Answer, *, root: TrustRoot, fetc
         windows.append(issuer.window("T1"))
     return Document(
         resource=resource,
-        answer=answer,
         signed=signed,
         number=number,
         issued=window.start,
         valid_from=max(window.start for window in windows),
         expires=min(window.end for window in windows),
-        fetched_at=fetched_at,
         issuer=issuer,
         revocations=crl,
     )
@@ -169,6 +169,19 @@ def to_collateral(documents: Mapping[DocumentKind, Document]) -> Collateral:
     )
 
 
+def from_collateral(collateral: Collateral) -> dict[DocumentKind, SignedText]:
+    """Take the nine parts apart; raise FetchFailed(NOT_COLLATERAL) when a CRL is not one."""
+    signer = collateral.tcb_info_issuer_chain
+    return {
+        DocumentKind.ROOT_CRL: SignedText(decode_crl(collateral.root_ca_crl), b"", b""),
+        DocumentKind.PCK_CRL: SignedText(decode_crl(collateral.pck_crl), b"", collateral.pck_crl_issuer_chain),
+        DocumentKind.TCB_INFO: SignedText(collateral.tcb_info, collateral.tcb_info_signature, signer),
+        DocumentKind.QE_IDENTITY: SignedText(
+            collateral.qe_identity, collateral.qe_identity_signature, collateral.qe_identity_issuer_chain
+        ),
+    }
+
+
 def _issuer(resource: Resource, pem: bytes, root: TrustRoot) -> Certificate:
     """Return who signed: the first of two certificates, of the right role, under the pinned root (step 2)."""
     der, root_der = split_pem(pem, 2)
@@ -191,7 +204,10 @@ def _issuer(resource: Resource, pem: bytes, root: TrustRoot) -> Certificate:
 
 def _require_signed(signer: Certificate, signed: SignedText, what: str) -> None:
     try:
-        signature_der = ecdsa.to_der(bytes.fromhex(signed.signature.decode("ascii")))
+        signature = bytes.fromhex(signed.signature.decode("ascii"))
+        if len(signature) != ecdsa.SIGNATURE_SIZE:
+            raise ValueError(f"not {ecdsa.SIGNATURE_SIZE} bytes")
+        signature_der = ecdsa.to_der(signature)
     except ValueError as error:
         raise QuoteRejected("T2", f"its signature is not one: {error}") from None
     if not ecdsa.verifies(signer.key, signature_der, signed.text):

@@ -89,6 +89,15 @@ class CollateralServer:
         """Hosts and ports that may be asked; there are no others, whatever an answer says."""
         return frozenset({origin(self.base_url), origin(self.root_crl_url)})
 
+    def resources(self, family: Family, evaluation_number: int | None = None) -> tuple[Resource, ...]:
+        """Return the four documents of a family, the root's CRL first: the others' issuers are looked up in it."""
+        return (
+            self.root_crl(),
+            self.pck_crl(family),
+            self.tcb_info(family, evaluation_number),
+            self.qe_identity(family, evaluation_number),
+        )
+
     def tcb_info(self, family: Family, evaluation_number: int | None = None) -> Resource:
         fmspc = family.fmspc.hex().upper()
         selection = _selection(family.edition, evaluation_number)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A directory of bundles as a source of collateral: no network, the same rules."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cloister.collateral.bundle import CollateralBundle, VerifiedBundle, bundle_path, require_root
+from cloister.collateral.failures import FETCH_HINT, expired
+from cloister.collateral.family import Edition, Family
+from cloister.errors import CloisterError, Code
+from cloister.runtime.logging import get_logger
+from cloister.tdx.collateral import Collateral
+from cloister.tdx.trustroot import TrustRoot
+
+_Identity = tuple[int, int, int]  # of a file's contents: inode, modification time, size
+
+
+@dataclass(slots=True)
+class _Loaded:
+    bundle: VerifiedBundle
+    identity: _Identity  # of the file that was looked at last, even if it was not good
+    latest: datetime  # the newest time it was used: a clock that steps back does not revive it
+
+
+class OfflineCollateral:
+    """A `CollateralSource` that reads bundles, and reads them again when their files change.
+
+    A file that becomes damaged, older or is removed does not displace what was good; a restart forgets it, though.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        root: TrustRoot,
+        edition: Edition = Edition.STANDARD,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        require_root(directory, root)
+        self._directory = directory
+        self._root = root
+        self._edition = edition
+        self._clock = clock
+        self._loaded: dict[Family, _Loaded] = {}
+        self._log = get_logger()
+
+    async def get(self, fmspc: bytes, ca: str, tee: str) -> Collateral:
+        """Return collateral that is valid now, see `CollateralSource`."""
+        family = Family.of(fmspc.hex(), ca, tee, self._edition)
+        now = self._clock()
+        loaded = await self._load(family, now)
+        if max(now, loaded.latest) > loaded.bundle.expires:
+            raise expired(family, loaded.bundle.expires, max(now, loaded.latest))
+        loaded.bundle.require_valid(now)
+        loaded.latest = max(now, loaded.latest)
+        return loaded.bundle.collateral
+
+    async def _load(self, family: Family, now: datetime) -> _Loaded:
+        path = bundle_path(self._directory, family)
+        known = self._loaded.get(family)
+        identity = _identity(path)
+        if known is not None and identity in (known.identity, None):
+            return known
+        if identity is None:
+            raise CloisterError(
+                Code.COLLATERAL_NOT_FOUND,
+                what=f"no collateral for {family}",
+                why=f"{path} is not there",
+                todo=f"{FETCH_HINT} where there is a network, and `cloister collateral import` here",
+            )
+        try:
+            bundle = await asyncio.to_thread(self._verify, path, family)
+            if known is not None:
+                bundle.require_not_older(known.bundle)
+        except CloisterError as error:
+            if known is None:
+                raise
+            self._log.warning("collateral file not accepted", path=str(path), code=error.code.text, why=error.why)
+            known.identity = identity
+            return known
+        loaded = self._loaded[family] = _Loaded(bundle, identity, now)
+        return loaded
+
+    def _verify(self, path: Path, family: Family) -> VerifiedBundle:
+        bundle = CollateralBundle.read(path)
+        if bundle.family != family:
+            raise CloisterError(
+                Code.COLLATERAL_INVALID,
+                what=f"{path} is not for {family}",
+                why=f"it says {bundle.family.name}",
+                todo="import it under its own name",
+            )
+        return bundle.verify(self._root)
+
+
+def _identity(path: Path) -> _Identity | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size

@@ -67,6 +67,11 @@ class TestBootLog:
             read_boot_log(ACPI, kernel)
         assert "TCG2" in caught.value.why
 
+    def test_events_of_mrtd_are_left_out(self, kernel: FakeKernel) -> None:
+        record = struct.pack("<IIIH", 0, 1, 1, 12) + A + struct.pack("<I", 0)
+        kernel.ccel = ccel_area(EventLog(), 65).rstrip(b"\xff") + record
+        assert EventLog.parse(read_boot_log(ACPI, kernel)) == EventLog()
+
     def test_data_too_long_for_the_log_is_left_out_and_its_digest_kept(self, kernel: FakeKernel) -> None:
         data = b"x" * (MAX_PAYLOAD_SIZE + 1)
         part = ccel_area(EventLog(), 65)

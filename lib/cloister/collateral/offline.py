@@ -54,10 +54,10 @@ class OfflineCollateral:
         family = Family.of(fmspc.hex(), ca, tee, self._edition)
         now = self._clock()
         loaded = await self._load(family, now)
-        if max(now, loaded.latest) > loaded.bundle.expires:
-            raise expired(family, loaded.bundle.expires, max(now, loaded.latest))
-        loaded.bundle.require_valid(now)
         loaded.latest = max(now, loaded.latest)
+        if loaded.latest > loaded.bundle.expires:
+            raise expired(family, loaded.bundle.expires, loaded.latest)
+        loaded.bundle.require_valid(now)
         return loaded.bundle.collateral
 
     async def _load(self, family: Family, now: datetime) -> _Loaded:

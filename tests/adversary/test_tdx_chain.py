@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -125,6 +126,16 @@ def test_a_certificate_of_another_version_or_serial_is_refused(field: str, value
     for which in ("ca", "leaf"):
         spec = replace(CA if which == "ca" else LEAF, **{field: value})
         assert rejection(ForgedPlatform(**{which: spec})) == "P1"
+
+
+def test_a_signature_has_no_unused_bits() -> None:
+    """The bits of a BIT STRING that are not used say nothing, so that a certificate could be written in eight ways."""
+    platform = next(platform for platform in iter(ForgedPlatform, None) if platform.leaf_der[-1] % 2 == 0)
+    signature = x509.load_der_x509_certificate(platform.leaf_der).signature
+    start = len(platform.leaf_der) - len(signature) - 1
+    assert platform.leaf_der[start] == 0
+    padded = platform.leaf_der[:start] + b"\1" + platform.leaf_der[start + 1 :]
+    assert rejection(platform, chain=pem(padded, platform.ca_der, platform.root_der)) == "P1"
 
 
 def test_a_negative_serial_is_refused() -> None:

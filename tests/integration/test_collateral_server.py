@@ -205,7 +205,7 @@ class TestWarning:
                 assert (await warnings()).count("collateral has expired") == 4
         expiry = registry.get_sample_value(
             "cloister_collateral_expiry_timestamp_seconds",
-            {"document": "tcb-info", "tee": "tdx", "fmspc": "b0c06f000000", "ca": ""},
+            {"document": "tcb-info", "tee": "tdx", "fmspc": "b0c06f000000", "ca": "", "edition": "standard"},
         )
         assert expiry == END.timestamp()
 

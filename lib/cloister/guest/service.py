@@ -4,16 +4,37 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from cloister.errors import CloisterError, Code
 from cloister.guest.enrol import Identity
 from cloister.guest.guest import Guest
 from cloister.guest.measure import digest_of_environment, digest_of_package, read_measured
+from cloister.guest.workloadapi import WorkloadApi
 from cloister.identity import Role
 from cloister.runtime.bundle import TrustBundle
 from cloister.runtime.config import GuestSection, ServiceSection
 from cloister.tdx import workload
 from cloister.tlv import sha384
+
+
+class ServiceIdentity(Identity):
+    """A service's identity; what serves it to other programs ends with it."""
+
+    _workload_api: WorkloadApi | None = None
+
+    async def serve_workload_api(self, path: Path) -> None:
+        """Serve the SPIFFE Workload API on a socket; raise CloisterError when that cannot be had."""
+        api = WorkloadApi(self, path)
+        await api.start()
+        self._workload_api = api
+
+    async def aclose(self) -> None:
+        """Stop serving and renewing, and end the TD's use of its platform."""
+        api, self._workload_api = self._workload_api, None
+        if api is not None:
+            await api.stop()
+        await super().aclose()
 
 
 def measure_service(guest: Guest, *, bundle: TrustBundle, package: str, config_bytes: bytes, role: Role) -> None:
@@ -30,6 +51,7 @@ async def enrol_service(
 ) -> Identity:
     """Open the platform, measure, seal and enrol; the identity renews itself until `aclose`.
 
+    Where the configuration names a socket for it, the Workload API is served until then, too.
     `package` is the service's own ("cloister_keybroker"), `config_bytes` its configuration file as read.
     Raises CloisterError: the platform's, the bundle's or attest's.
     """
@@ -46,7 +68,9 @@ async def enrol_service(
         await asyncio.to_thread(
             measure_service, guest, bundle=bundle, package=package, config_bytes=config_bytes, role=role
         )
-        identity = await Identity.enrol(guest, attest_endpoint=guest_section.attest_endpoint, bundle=bundle)
+        identity = await ServiceIdentity.enrol(guest, attest_endpoint=guest_section.attest_endpoint, bundle=bundle)
+        if guest_section.workload_api is not None:
+            await identity.serve_workload_api(guest_section.workload_api)
     except BaseException:
         guest.close()
         raise

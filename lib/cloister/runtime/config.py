@@ -44,6 +44,8 @@ class GuestSection(ConfigModel):
     provider: str
     attest_endpoint: str
     trust_bundle: Path
+    # A Unix socket for the SPIFFE Workload API: whoever of this user connects gets the TLS key. None: not served.
+    workload_api: Path | None = None
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

@@ -14,7 +14,21 @@ from typing import Final
 import typer
 from typer.exceptions import Abort, TyperException
 
-from cloister.cli import attest, demo, dev, doctor, identity, keys, measure, model, predict, quote, sealing, train
+from cloister.cli import (
+    attest,
+    collateral,
+    demo,
+    dev,
+    doctor,
+    identity,
+    keys,
+    measure,
+    model,
+    predict,
+    quote,
+    sealing,
+    train,
+)
 from cloister.cli.options import remember_state
 from cloister.cli.output import print_error
 from cloister.errors import CloisterError, Code
@@ -40,6 +54,7 @@ def build_app() -> typer.Typer:
     app.add_typer(model.app, name="model")
     predict.register(app)
     app.add_typer(quote.app, name="quote")
+    app.add_typer(collateral.app, name="collateral")
     app.add_typer(attest.app, name="attest")
     doctor.register(app)
     demo.register(app)

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cloister.cli.chart import line_chart
 from cloister.cli.output import clean
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +60,32 @@ class RunReport:
 
 def render_report(report: RunReport) -> str:
     """Return the report as one HTML document."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=PackageLoader("cloister.cli"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["clean"] = lambda value: clean(str(value))
     loss = line_chart(
         report.curve, title="Training loss", x_label="step", y_format=lambda y: f"{y:.2f}", y_from_zero=True
     )
     accuracy = line_chart(
         report.accuracy, title="Accuracy on dev", x_label="step", y_format=lambda y: f"{y:.0%}", markers=True
     )
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         report=report,
         loss_chart=Markup(loss),  # noqa: S704 (made of numbers and escaped titles in chart.py)
         accuracy_chart=Markup(accuracy),  # noqa: S704
         longest_s=max((seconds for _, seconds in report.steps), default=1.0) or 1.0,
     )
+
+
+def template(name: str) -> Template:
+    """Return a template of this package: what is filled in is escaped, and loses its control characters on demand."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("cloister.cli"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["clean"] = lambda value: clean(str(value))
+    return environment.get_template(name)
 
 
 def write_report(report: RunReport, path: Path) -> None:

@@ -123,7 +123,7 @@ class Code(enum.Enum):
     KEY_EXISTS = CodeInfo(1302, Kind.EXISTS, "a key of this name exists")
     KEY_DISABLED = CodeInfo(1303, Kind.DENIED, "the key is disabled")
     RELEASE_DENIED = CodeInfo(1304, Kind.DENIED, "the key's release policy does not allow this")
-    POLICY_INVALID = CodeInfo(1305, Kind.USAGE, "the release policy does not parse")
+    POLICY_INVALID = CodeInfo(1305, Kind.USAGE, "the policy does not parse")
     POLICY_VERSION = CodeInfo(1306, Kind.STATE, "the policy is not the successor of the one in force")
     WRAPPED_KEY_INVALID = CodeInfo(1307, Kind.UNAUTHENTIC, "the wrapped data key is not of this key")
     RECEIPT_INVALID = CodeInfo(1308, Kind.UNAUTHENTIC, "the broker's receipt does not verify")

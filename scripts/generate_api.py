@@ -25,7 +25,7 @@ def generate(into: Path) -> None:
         sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTOS}",
         f"--plugin=protoc-gen-mypy={plugins / 'protoc-gen-mypy'}",
         f"--plugin=protoc-gen-mypy_grpc={plugins / 'protoc-gen-mypy_grpc'}",
-        f"--python_out={out}", f"--grpc_python_out={out}", f"--mypy_out={out}", f"--mypy_grpc_out={out}",
+        f"--python_out={out}", f"--grpc_python_out={out}", f"--mypy_out=quiet:{out}", f"--mypy_grpc_out=quiet:{out}",
         *protos,
     ]  # fmt: skip
     subprocess.run(command, check=True, cwd=ROOT)

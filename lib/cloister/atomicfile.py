@@ -71,6 +71,7 @@ class AtomicFile:
         self._descriptor = -1
         try:
             self._descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+            os.fchmod(self._descriptor, mode)  # whatever the umask says
         except OSError as error:
             raise self._error(error) from error
 

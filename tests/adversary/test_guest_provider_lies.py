@@ -262,7 +262,10 @@ class TestRegisterThatLies:
         assert "half-way" in refused(lambda: td.extend(3, DIGEST)).why
         assert "half-way" in refused(lambda: td.quote(REPORT_DATA)).why
 
-    @pytest.mark.parametrize("size", [0, 47, 49, 4096])
-    def test_a_register_of_another_size_is_refused(self, kernel: FakeKernel, size: int) -> None:
+    @pytest.mark.parametrize(
+        ("size", "why"),
+        [(0, "reads as 0 bytes"), (47, "reads as 47"), (49, "File too large"), (4096, "File too large")],
+    )
+    def test_a_register_of_another_size_is_refused(self, kernel: FakeKernel, size: int, why: str) -> None:
         kernel.register_size = size
-        refused(lambda: provider(kernel))
+        assert why in refused(lambda: provider(kernel)).why

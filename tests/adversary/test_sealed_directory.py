@@ -84,6 +84,17 @@ def test_an_older_version_of_a_file_is_refused_though_it_is_authentic(sealed: Pa
     refused(sealed, Code.SEALED_FILE_INVALID, "train.tsv", "older or a newer version")
 
 
+@pytest.mark.parametrize("other", ["older/sub/more.tsv.sealed", "sealed/train.tsv.sealed"], ids=["older", "swapped"])
+def test_the_file_that_names_the_key_is_named_when_it_is_another(other: str, sealed: Path, tmp_path: Path) -> None:
+    # Its header says which data key to ask for: another version's would make the manifest look forged.
+    make(tmp_path, "older", salt="old")
+    shutil.copy(tmp_path / other, sealed / "sub/more.tsv.sealed")
+    with pytest.raises(CloisterError) as caught:
+        SealedDirectory.peek(sealed)
+    assert caught.value.code is Code.SEALED_DIRECTORY_MISMATCH
+    assert "sub/more.tsv" in str(caught.value)
+
+
 def test_a_file_of_another_dataset_under_the_same_key_is_refused(sealed: Path) -> None:
     (sealed / "train.tsv.sealed").write_bytes(sealed_bytes(b"x", path="test.tsv"))
     refused(sealed, Code.SEALED_FILE_INVALID, "train.tsv")

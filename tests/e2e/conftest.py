@@ -37,6 +37,14 @@ class Shell:
 
     def __init__(self, state: Path) -> None:
         self.state = state
+        self._started: list[subprocess.Popen[str]] = []
+
+    def close(self) -> None:
+        """End what a failed test left running."""
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
     def argv(self, *arguments: str | Path) -> list[str]:
         return [sys.executable, "-m", "cloister.cli.main", "--state", str(self.state), *map(str, arguments)]
@@ -58,10 +66,12 @@ class Shell:
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
         """Start a command in the foreground; its stderr comes along with its stdout."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self.argv(*arguments), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, bufsize=1,
         )  # fmt: skip
+        self._started.append(process)
+        return process
 
     def processes(self) -> list[str]:
         """Return the command lines of every process that has to do with this state directory."""
@@ -93,8 +103,10 @@ def wait_for_line(process: subprocess.Popen[str], wanted: Sequence[str]) -> str:
 def shell() -> Iterator[Shell]:
     """A shell without a stack. The path is short: Unix sockets lie below it."""
     directory = Path(tempfile.mkdtemp(prefix="cli-"))
-    yield Shell(directory / "state")
-    shutil.rmtree(directory)
+    shell = Shell(directory / "state")
+    yield shell
+    shell.close()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,14 @@ def test_the_demo_seals_trains_serves_and_leaves_nothing_running(shell: Shell) -
     assert "/model/reviews/backend/" in report
     assert not re.search(r"<script|<[^>]*(?:src|href)=", report)
 
+    # Again in the same place, and this time the stack stays for its user.
+    again = shell.json("demo", "--rows", str(ROWS), "--keep", "--", *TINY)
+    assert again["results"] == document["results"], "the same seed gives the same model"
+    predicted = shell.json("predict", "--model", "reviews", again["predictions"][0]["text"])["predictions"][0]
+    assert predicted["probability"] == pytest.approx(again["predictions"][0]["probability"])
+    shell.run("dev", "down")
+    assert shell.processes() == []
+
 
 def texts_below(directory: Path) -> list[Path]:
     """Return the files that hold any text of the sample; reports show what was predicted, not what was trained on."""
@@ -53,7 +61,7 @@ def texts_below(directory: Path) -> list[Path]:
 @pytest.mark.slow
 def test_ctrl_c_during_training_leaves_no_process_and_no_plaintext(shell: Shell) -> None:
     process = shell.start("demo", "--rows", str(ROWS), "--", *TINY, "--epochs", "5000")
-    wait_for_line(process, ["epoch 1/"])
+    wait_for_line(process, ["/5000  step"])
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=30)
     assert process.returncode == 130

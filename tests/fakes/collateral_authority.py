@@ -99,6 +99,23 @@ class CollateralAuthority:
                 builder = builder.add_revoked_certificate(entry.revocation_date(wish.crl_issued).build())
         return builder.sign(key, SHA256()).public_bytes(Encoding.DER)
 
+    def large_crl(self, issuer: x509.Certificate, wish: Wish, entries: int) -> bytes:
+        """Return a list that revokes this many certificates of nobody."""
+        key = self._keys[_common_name(issuer)]
+        builder = (
+            x509.CertificateRevocationListBuilder(
+                revoked_certificates=[
+                    x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(wish.crl_issued).build()
+                    for serial in range(1, entries + 1)
+                ]
+            )
+            .issuer_name(issuer.subject)
+            .last_update(wish.crl_issued)
+            .next_update(wish.crl_issued + wish.crl_life)
+            .add_extension(x509.CRLNumber(wish.crl_number), critical=False)
+        )
+        return builder.sign(key, SHA256()).public_bytes(Encoding.DER)
+
     def _tcb_info(self, family: Family, wish: Wish) -> dict[str, Any]:
         components = [{"svn": svn} for svn in (2, 2, 2, 2, 3, 1, 0, 3, *[0] * 8)]
         tcb: dict[str, Any] = {"sgxtcbcomponents": components, "pcesvn": 13}

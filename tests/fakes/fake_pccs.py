@@ -14,6 +14,7 @@ import asyncio
 import ssl
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -145,10 +146,8 @@ class FakePccs:
         if not reply.endless and not reply.drip_s:
             response.content_length = len(reply.body)
         await response.prepare(request)
-        try:
+        with suppress(ConnectionError):  # the client has had enough
             await _send(response, reply)
-        except ConnectionError:  # the client has had enough
-            pass
         return response
 
     def _tls(self) -> ssl.SSLContext:
@@ -184,6 +183,8 @@ async def _send(response: web.StreamResponse, reply: Reply) -> None:
     elif reply.endless:
         while True:
             await response.write(reply.body)
+            # On a connection whose other end has closed, writing alone never lets the loop find that out.
+            await asyncio.sleep(0)
     else:
         await response.write(reply.body)
     await response.write_eof()

@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256, HashAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from cloister.tdx.quote import INTEL_QE_VENDOR_ID, QeReport, Quote, QuoteSignature, TdBody
+from cloister.tdx.body import SgxReport, TdBody
+from cloister.tdx.quote import INTEL_QE_VENDOR_ID, AnyQuote, QeReport, Quote, QuoteSignature, SgxQuote
 from cloister.tdx.verify import TrustRoot
 from cloister_sim import der
 
@@ -148,34 +149,33 @@ class ForgedPlatform:
         self,
         *,
         chain: bytes | None = None,
-        body: TdBody = BODY,
+        body: TdBody | SgxReport = BODY,
+        version: int | None = None,
         qe_report: QeReport = QE_REPORT,
         qe_report_data: bytes | None = None,
         qe_auth_data: bytes = b"",
         attestation_key: ec.EllipticCurvePrivateKey | None = None,
     ) -> bytes:
-        """Return a quote that is signed all the way through, whatever it says."""
+        """Return a quote that is signed all the way through, whatever it says; by default of the body's version."""
         key = attestation_key or self.attestation_key
         point = key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)[1:]
         named = hashlib.sha256(point + qe_auth_data).digest() + bytes(32)
         report = replace(qe_report, report_data=qe_report_data or named).to_bytes()
-        quote = Quote(
-            version=4,
-            att_key_type=2,
-            tee_type=0x81,
-            qe_vendor_id=INTEL_QE_VENDOR_ID,
-            user_data=bytes(20),
-            body=body,
-            signature=QuoteSignature(
-                signature=bytes(64),
-                attestation_key=point,
-                qe_report=report,
-                qe_report_signature=raw_signature(self.keys["leaf"], report),
-                qe_auth_data=qe_auth_data,
-                pck_chain_pem=pem(*self.chain) if chain is None else chain,
-            ),
+        vouching = QuoteSignature(
+            signature=bytes(64),
+            attestation_key=point,
+            qe_report=report,
+            qe_report_signature=raw_signature(self.keys["leaf"], report),
+            qe_auth_data=qe_auth_data,
+            pck_chain_pem=pem(*self.chain) if chain is None else chain,
         )
-        signature = replace(quote.signature, signature=raw_signature(key, quote.signed_bytes()))
+        quote: AnyQuote
+        if isinstance(body, SgxReport):
+            quote = SgxQuote(version or 3, 2, 0, bytes(4), INTEL_QE_VENDOR_ID, bytes(20), body, vouching)
+        else:
+            version = version or (4 if type(body) is TdBody else 5)
+            quote = Quote(version, 2, 0x81, INTEL_QE_VENDOR_ID, bytes(20), body, vouching)
+        signature = replace(vouching, signature=raw_signature(key, quote.signed_bytes()))
         return replace(quote, signature=signature).to_bytes()
 
     def resigned(self, quote: bytes) -> bytes:

@@ -27,7 +27,7 @@ from cloister.cli.policyfile import PolicyDraft
 from cloister.errors import CloisterError
 from cloister.guest.enrol import Identity
 from cloister.guest.guest import Guest
-from cloister.guest.measure import digest_of_environment, digest_of_package
+from cloister.guest.measure import digest_of_environment
 from cloister.guest.owner import OwnerKeyClient
 from cloister.identity import Role
 from cloister.protocol import job_config_digest
@@ -228,7 +228,7 @@ class Stack:
 
     def _attest_toml(self) -> str:
         services = "".join(
-            f'[[services]]\nrole = "{role}"\nscript = ["sha384:{digest_of_package(package).hex()}"]\n'
+            f'[[services]]\nrole = "{role}"\nscript = ["sha384:{digest_now(package)}"]\n'
             for role, package in PACKAGES.items()
         )
         users = "".join(
@@ -362,6 +362,14 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def digest_now(package: str) -> str:
+    """Measure a package (hex) in a new process: this one keeps the first digest, and sources may have changed since."""
+    code = "import sys; from cloister.guest.measure import digest_of_package as d; print(d(sys.argv[1]).hex())"
+    return subprocess.run(
+        [sys.executable, "-c", code, package], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def _spki_sha256(key: ec.EllipticCurvePrivateKey) -> str:

@@ -45,6 +45,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield found
 
 
+@pytest.fixture
+def restarted(tmp_path: Path) -> Iterator[Stack]:
+    """A stack of its own: one whose trainer is killed is no place for other tests."""
+    with running_stack(tmp_path / "stack") as found:
+        yield found
+
+
 async def started(client: Client, script: str, *, nodes: int = 1) -> pb.Job:
     """Submit a job and wait until all of its ranks run."""
     job = await client.submit(spec(script, nodes=nodes))
@@ -212,15 +219,17 @@ async def test_ranks_get_none_of_the_trainers_environment_and_their_own_core(sta
     assert line.endswith(f"{job.job_id} 1")
 
 
-async def test_a_killed_trainer_takes_its_ranks_along_and_its_successor_says_what_happened(stack: Stack) -> None:
-    async with client_of(stack) as client:
+async def test_a_killed_trainer_takes_its_ranks_along_and_its_successor_says_what_happened(
+    restarted: Stack,
+) -> None:
+    async with client_of(restarted) as client:
         job = await started(client, PATIENT, nodes=2)
         waiting = await client.submit(spec("print('ran')"))
     assert len(living(job)) == 2
-    await asyncio.to_thread(stack.stop_service, "trainer", signal.SIGKILL)
+    await asyncio.to_thread(restarted.stop_service, "trainer", signal.SIGKILL)
     wait_until(lambda: living(job) == [], timeout_s=5)
-    await asyncio.to_thread(stack.start_service, "trainer")
-    async with client_of(stack) as client:
+    await asyncio.to_thread(restarted.start_service, "trainer")
+    async with client_of(restarted) as client:
         failed, events = await client.to_the_end(job.job_id)
         done, _ = await client.to_the_end(waiting.job_id)
     assert failed.state == pb.JOB_STATE_FAILED

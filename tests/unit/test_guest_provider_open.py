@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import struct
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +17,7 @@ from cloister.guest.guest import Guest
 from cloister.guest.provider import SimulatedProvider, open_provider
 from cloister.guest.providers.bootlog import read_boot_log, read_boot_log_area
 from cloister.guest.providers.journal import Journal
+from cloister.guest.providers.kernel import OsFiles
 from cloister.identity import Role
 from cloister.tdx.eventlog import MAX_PAYLOAD_SIZE, EventLog
 from cloister.tdx.quote import Quote
@@ -24,6 +27,7 @@ from fakes.fake_qgs import fake_qgs
 from fakes.tdx_guest_device import FakeTdxGuest
 from fakes.tsm_configfs import ACPI, BOOT_ID, FakeKernel, ccel_area, ccel_table
 
+DEFAULT_VECTORS = Path(__file__).parents[3] / "shared" / "vectors"
 REPORT_DATA = bytes(range(64))
 A, B, C = (bytes([n]) * 48 for n in (1, 2, 3))
 OTHER_BOOT = "00000000-0000-4000-8000-000000000000"
@@ -63,6 +67,11 @@ class TestBootLog:
             read_boot_log(ACPI, kernel)
         assert "TCG2" in caught.value.why
 
+    def test_events_of_mrtd_are_left_out(self, kernel: FakeKernel) -> None:
+        record = struct.pack("<IIIH", 0, 1, 1, 12) + A + struct.pack("<I", 0)
+        kernel.ccel = ccel_area(EventLog(), 65).rstrip(b"\xff") + record
+        assert EventLog.parse(read_boot_log(ACPI, kernel)) == EventLog()
+
     def test_data_too_long_for_the_log_is_left_out_and_its_digest_kept(self, kernel: FakeKernel) -> None:
         data = b"x" * (MAX_PAYLOAD_SIZE + 1)
         part = ccel_area(EventLog(), 65)
@@ -70,6 +79,19 @@ class TestBootLog:
         kernel.ccel = part.rstrip(b"\xff") + record
         (event,) = EventLog.parse(read_boot_log(ACPI, kernel)).events
         assert (event.imr, event.digest, event.payload) == (0, A, b"")
+
+    def test_the_log_of_a_real_machine_replays_to_its_quote(self, tmp_path: Path) -> None:
+        """Table and log of a Google Cloud TD, and a quote that was taken in it."""
+        vectors = Path(os.environ.get("CLOISTER_TEST_VECTORS", DEFAULT_VECTORS)) / "tdx"
+        quote = vectors / "quotes" / "tdx10_v4_00806f050000_00b2526a.bin"
+        if not quote.exists():
+            assert os.environ.get("CI") != "true", f"no real quotes in {vectors}"
+            pytest.skip(f"no real quotes in {vectors}; set CLOISTER_TEST_VECTORS")
+        (tmp_path / "data").mkdir()
+        shutil.copy(vectors / "eventlogs" / "cos113_ccel_table.bin", tmp_path / "CCEL")
+        shutil.copy(vectors / "eventlogs" / "cos113_ccel.bin", tmp_path / "data" / "CCEL")
+        log = EventLog.parse(read_boot_log(tmp_path, OsFiles()))
+        assert log.replay() == Quote.parse(quote.read_bytes()).body.rtmrs
 
     @pytest.mark.parametrize(
         ("table", "why"),

@@ -201,6 +201,15 @@ class TestJournal:
         first.close()
         Journal(path, BOOT_ID).close()
 
+    def test_a_journal_as_long_as_an_event_log_is_the_longest(self, path: Path) -> None:
+        path.touch(0o600)
+        path.write_text(f"cloister-extensions-v1 {BOOT_ID}\n" + f"3 {A.hex()}\n" * 4096)
+        journal = Journal(path, BOOT_ID)
+        assert len(journal.entries) == 4096
+        with refused() as caught:
+            journal.append(3, A)
+        assert "4096 lines" in caught.value.why
+
     def test_only_its_user_can_read_it(self, path: Path) -> None:
         Journal(path, BOOT_ID).close()
         assert path.stat().st_mode & 0o777 == 0o600
@@ -217,6 +226,7 @@ class TestJournal:
             f"cloister-extensions-v1 {BOOT_ID}\n3 {A.hex().upper().replace('0', 'A')}\n".encode(),
             b"\xff\xfe\n" * 100,
             b"\n" * 1_000_000,
+            f"cloister-extensions-v1 {BOOT_ID}\n".encode() + f"3 {A.hex()}\n".encode() * 4097,
         ],
     )
     def test_a_file_that_is_no_journal_is_refused_and_left_alone(self, path: Path, content: bytes) -> None:
@@ -230,9 +240,13 @@ class TestJournal:
         path.chmod(0o666)
         (tmp_path / "link").symlink_to(tmp_path / "target")
         os.mkfifo(tmp_path / "pipe", 0o600)
-        for name in (path, tmp_path / "link", tmp_path / "pipe", tmp_path, tmp_path / "none" / "file"):
+        for name in (tmp_path / "link", tmp_path, tmp_path / "none" / "file"):
             with refused():
                 Journal(name, BOOT_ID)
+        for name in (path, tmp_path / "pipe"):
+            with refused() as caught:
+                Journal(name, BOOT_ID)
+            assert "not a file that only this user can write" in caught.value.why
         assert not (tmp_path / "target").exists()
 
     def test_a_journal_that_cannot_grow_stops_before_the_register(self, kernel: FakeKernel, path: Path) -> None:

@@ -9,17 +9,20 @@ import signal
 import stat
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from cloister.errors import CloisterError, Code
+from cloister.tdx.defaultpolicy import appraise
 from cloister.tdx.eventlog import Event, EventLog
 from cloister.tdx.quote import QuoteRejected
-from cloister.tdx.verify import TrustRoot, verify_quote
+from cloister.tdx.tcbinfo import TcbStatus
+from cloister.tdx.verify import TrustRoot, verify_quote, verify_with_collateral
 from cloister.tlv import sha384
 from cloister_sim import SimulatedPlatform, SimulatedTd, SimulationError
+from cloister_sim.collateral import LIFE
 
 IMAGE = sha384(b"image")
 CREATE = """
@@ -179,3 +182,42 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(CloisterError) as caught:
         SimulatedPlatform.create(tmp_path / "file" / "platform")
     assert caught.value.code is Code.IO_FAILED
+
+
+def test_its_collateral_makes_it_up_to_date_and_acceptable_for_thirty_days(
+    platform: SimulatedPlatform, td: SimulatedTd
+) -> None:
+    roots = [TrustRoot.from_pem(platform.root_pem, simulated=True)]
+    at = now()
+    collateral, quote = platform.collateral(at), td.quote(b"r" * 64)
+    verdict = verify_with_collateral(quote, collateral, roots=roots, now=at)
+    assert verdict.simulated
+    assert verdict.status is TcbStatus.UP_TO_DATE
+    assert verdict.advisories == verdict.warnings == ()
+    assert appraise(verdict, report_data=b"r" * 64, event_log=EventLog.parse(td.boot_log).replay).accepted
+    end = verdict.earliest_expiry
+    assert timedelta(days=29) < end - at <= LIFE
+    for moment in (end + timedelta(seconds=1), at - timedelta(seconds=2)):
+        with pytest.raises(QuoteRejected):
+            verify_with_collateral(quote, collateral, roots=roots, now=moment)
+
+
+def test_its_collateral_may_follow_itself_but_not_precede(platform: SimulatedPlatform, td: SimulatedTd) -> None:
+    roots = [TrustRoot.from_pem(platform.root_pem, simulated=True)]
+    earlier, later = (
+        verify_with_collateral(td.quote(b"r" * 64), platform.collateral(at), roots=roots, now=at).collateral
+        for at in (now(), now() + timedelta(hours=1))
+    )
+    later.require_not_older(earlier)
+    with pytest.raises(QuoteRejected) as caught:
+        earlier.require_not_older(later)
+    assert caught.value.check == "T13"
+
+
+def test_its_collateral_says_nothing_about_another_platform(
+    platform: SimulatedPlatform, td: SimulatedTd, tmp_path: Path
+) -> None:
+    other = SimulatedPlatform.create(tmp_path)
+    roots = [TrustRoot.from_pem(each.root_pem, simulated=True) for each in (platform, other)]
+    with pytest.raises(QuoteRejected):
+        verify_with_collateral(td.quote(b"r" * 64), other.collateral(now()), roots=roots, now=now())

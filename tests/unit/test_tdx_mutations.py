@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import os
 import random
 from collections import Counter
 from datetime import datetime
@@ -17,10 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloister.tdx.collateral import Collateral
 from cloister.tdx.eventlog import EventLog, EventLogRejected
 from cloister.tdx.quote import Quote, QuoteRejected
+from cloister.tdx.verifier import Verifier
 from cloister.tdx.verify import TrustRoot, verify_quote
 from cloister.tdx.workload import read_workload
+from fakes.forged_collateral import World
 from fakes.forged_quotes import LEAF, NOW, SGX, ForgedPlatform, sgx_extension
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "tdx"
@@ -28,6 +33,7 @@ QUOTE = (VECTORS / "quote.bin").read_bytes()
 LOG = (VECTORS / "eventlog.json").read_bytes()
 ROOT = TrustRoot.from_pem((VECTORS / "root.pem").read_bytes(), simulated=True)
 VERIFIED_AT = datetime.fromisoformat(json.loads((VECTORS / "expected.json").read_text())["verification_time"])
+PARTS = [field.name for field in dataclasses.fields(Collateral) if field.init]
 INTERESTING = (b"\0", b"\xff", b"\x7f", b"\x80", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\n", b"-", b"\x30\x80")
 
 
@@ -70,6 +76,59 @@ def test_ten_thousand_mutated_quotes_are_all_refused_and_nothing_else_happens() 
             pytest.fail(f"a mutated quote verified: {data.hex()}")
     # The mutations reach every layer, not just the first length check.
     assert {"H2", "H8", "D3", "P1", "P2", "E1", "E3", "E4"} <= rows.keys()
+
+
+def mutate_collateral(world: World, rng: random.Random) -> None:
+    """Change one part of the collateral, or one signed document before it is signed."""
+    name = rng.choice(PARTS)
+    document = rng.choice(("tcb_info", "qe_identity"))
+    if rng.randrange(3):
+        honest = getattr(world.collateral(), name)
+        world.parts = {name: mutated(honest, rng)}
+    else:
+        world.text = {document: lambda text: mutated(text, rng)}
+
+
+def judge_mutations(count: int, seed: int) -> Counter[str]:
+    """Verify mutated quotes and mutated collateral; return which rows refused them."""
+    rng = random.Random(seed)
+    rows: Counter[str] = Counter()
+    worlds = [World(), World().of_enclave(), World().of_module(current=b"\5\1")]
+    honest = [(world.quote(), world.collateral()) for world in worlds]
+    verifier = Verifier([world.platform.trust_root for world in worlds])
+    for number in range(count):
+        which = rng.randrange(len(worlds))
+        world, (quote, collateral) = worlds[which], honest[which]
+        if number % 4:
+            data = mutated(quote, rng)
+            same = data.rstrip(b"\0") == quote.rstrip(b"\0")
+        else:
+            mutate_collateral(world, rng)
+            data, collateral, same = quote, world.collateral(), True
+            world.parts, world.text = {}, {}
+        try:
+            verifier.verify(data, collateral, now=world.now)
+        except QuoteRejected as error:
+            rows[error.check] += 1
+        else:
+            assert same, f"a mutated quote verified: {data.hex()}"
+            rows["accepted"] += 1
+    return rows
+
+
+def test_ten_thousand_mutated_quotes_and_collateral_end_in_one_error() -> None:
+    rows = judge_mutations(10_000, seed=20_261_122)
+    # What the mutations reach: form, chain, lists, documents and signatures.
+    assert {"H8", "D3", "P1", "P3", "R2", "R6", "T1", "T2", "T10", "Q1", "E1", "E3", "E4"} <= rows.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif("CLOISTER_SLOW" not in os.environ, reason="minutes; set CLOISTER_SLOW")
+def test_a_hundred_thousand_mutations_end_in_one_error() -> None:
+    rows = judge_mutations(100_000, seed=int(os.environ["CLOISTER_SLOW"] or "1"))
+    print(dict(rows.most_common()))
+    assert rows.total() == 100_000
 
 
 def test_mutated_certificates_that_are_signed_again_end_in_one_error() -> None:

@@ -13,10 +13,14 @@ from typing import Any
 
 import pytest
 
-from cloister.tdx.quote import MAX_QUOTE_SIZE, QeReport, Quote, QuoteRejected, TdBody
+from cloister.tdx.body import SgxReport, TdBody15Ex
+from cloister.tdx.quote import MAX_QUOTE_SIZE, QeReport, Quote, QuoteRejected, TdBody, parse_quote
 from cloister.tdx.reportdata import report_data
 from cloister.tdx.show import describe
 from cloister.tdx.verify import TrustRoot, VerifiedQuote, verify_quote
+from fakes.forged_collateral import BODY_15, BODY_15_EX, ENCLAVE
+from fakes.forged_quotes import BODY, ForgedPlatform
+from fakes.forged_quotes import NOW as FORGED_AT
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "tdx"
 QUOTE = (VECTORS / "quote.bin").read_bytes()
@@ -68,7 +72,7 @@ def test_the_pinned_quote_verifies_and_says_that_it_is_simulated() -> None:
     assert verified.quote == Quote.parse(QUOTE)
     assert verified.root_fingerprint == ROOT.fingerprint
     assert [check.name for check in verified.checks if not check.ok] == []
-    assert {"H1-H9", "D1-D4", "P1", "P2", "P3", "P4", "P5", "P6", "P7", "P8", "E1", "E2", "E3", "E4", "Q7"} == {
+    assert {"X1", "H1-H9", "D1-D4", "P1", "P2", "P3", "P4", "P5", "P6", "P7", "P8", "E1", "E2", "E3", "E4", "Q7"} == {
         check.name for check in verified.checks
     }
 
@@ -274,3 +278,56 @@ def test_show_names_every_register_and_attribute() -> None:
     debug = dataclasses.replace(Quote.parse(QUOTE).body, td_attributes=b"\x03" + bytes(7))
     shown = describe(dataclasses.replace(Quote.parse(QUOTE), body=debug))
     assert ("TD", "td_attributes", "0300000000000000 (DEBUG, bit 1)") in shown
+
+
+@pytest.mark.parametrize(
+    ("body", "version", "kind", "start"),
+    [(BODY, 5, 2, 54), (BODY_15, 5, 3, 54), (BODY_15_EX, 5, 4, 54), (ENCLAVE, 5, 1, 54), (ENCLAVE, 3, None, 48)],
+)
+def test_every_kind_of_quote_is_written_as_it_was_read(
+    body: TdBody | SgxReport, version: int, kind: int | None, start: int
+) -> None:
+    data = ForgedPlatform().quote(body=body, version=version)
+    quote = parse_quote(data)
+    assert quote.to_bytes() == data
+    assert quote.body == body
+    assert (quote.version, type(quote.body)) == (version, type(body))
+    size = len(body.to_bytes())
+    assert data[start : start + size] == body.to_bytes()
+    if kind is not None:
+        assert struct.unpack_from("<HI", data, 48) == (kind, size)
+    shown = {(section, name): value for section, name, value in describe(quote)}
+    assert shown["header", "version"] == str(version)
+
+
+def test_longer_bodies_have_their_fields_where_the_specification_puts_them() -> None:
+    raw = bytes(number % 251 for number in range(885))
+    body = TdBody15Ex.parse(raw)
+    assert body.to_bytes() == raw
+    offsets = {
+        "tee_tcb_svn2": (584, 16),
+        "mr_service_td": (600, 48),
+        "vm_id": (648, 1),
+        "td_id": (649, 32),
+        "device_info": (681, 48),
+        "initial_service_td_hash": (729, 48),
+        "initial_service_td_attributes": (777, 8),
+        "initial_cpu_svn": (785, 16),
+        "initial_tee_tcb_svn": (801, 16),
+        "initial_tee_fmspc": (817, 12),
+        "current_service_td_hash": (829, 48),
+        "current_service_td_attributes": (877, 8),
+    }
+    assert {name: raw[at : at + size] for name, (at, size) in offsets.items()} == {
+        name: getattr(body, name) for name in offsets
+    }
+
+
+def test_neither_parser_returns_the_other_kind() -> None:
+    platform = ForgedPlatform()
+    for version in (3, 5):
+        with pytest.raises(QuoteRejected) as caught:
+            Quote.parse(platform.quote(body=ENCLAVE, version=version))
+        assert caught.value.check == "H5"
+    verified = verify_quote(platform.quote(body=BODY_15), roots=[platform.trust_root], now=FORGED_AT)
+    assert verified.quote.body == BODY_15

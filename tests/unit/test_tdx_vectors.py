@@ -6,9 +6,10 @@ They are found in $CLOISTER_TEST_VECTORS or in ../shared/vectors beside the repo
 
 from __future__ import annotations
 
+import base64
 import json
 import os
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,10 +18,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from cloister.errors import CloisterError
+from cloister.tdx.ccel import CcelLog
+from cloister.tdx.collateral import Collateral
+from cloister.tdx.conformance import run_case
 from cloister.tdx.eventlog import EventLog, EventLogRejected
 from cloister.tdx.pckchain import verify_pck_chain
-from cloister.tdx.quote import Quote, QuoteRejected
-from cloister.tdx.verify import TrustRoot, verify_quote
+from cloister.tdx.quote import Quote, QuoteRejected, parse_quote
+from cloister.tdx.show import describe
+from cloister.tdx.verifier import Verifier
+from cloister.tdx.verify import TrustRoot, verify_quote, verify_with_collateral
 from cloister.tdx.workload import read_workload
 
 DEFAULT = Path(__file__).parents[3] / "shared" / "vectors"
@@ -35,8 +41,16 @@ def manifest() -> dict[str, Any]:
 MANIFEST = manifest()
 TDS = [vector for vector in MANIFEST["vectors"] if vector["tee"] == "TDX"]
 SGX = [vector for vector in MANIFEST["vectors"] if vector["tee"] == "SGX"]
+SECTIONS = {"header", "TD", "enclave", "quoting enclave", "signature"}
 # They end in the first edition of Intel's root, of path length 0, which is not the one that is pinned.
 OLD_ROOT = {f"sgx_v3_00906ea10000_{name}" for name in ("44724863", "74433285", "f1ff3893")}
+ALL = MANIFEST["vectors"]
+VERIFICATIONS = [
+    {**vector, "verification": verification, "name": f"{vector['name']}-{number}"}
+    for vector in ALL
+    for number, verification in enumerate(vector["verifications"])
+]
+CCEL_LOGS = [log for log in MANIFEST["eventlogs"] if log["format"].startswith("TCG2")]
 JSON_LOGS = [log for log in MANIFEST["eventlogs"] if log["format"].startswith("json")]
 needs_vectors = pytest.mark.skipif(not TDS, reason=f"no real quotes in {DIRECTORY}; set CLOISTER_TEST_VECTORS")
 
@@ -50,6 +64,14 @@ def read(vector: dict[str, Any]) -> bytes:
     return (DIRECTORY / vector["quote_file"]).read_bytes()
 
 
+def unix(seconds: int) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def collateral_of(vector: dict[str, Any]) -> Collateral:
+    return Collateral.parse((DIRECTORY / vector["verification"]["collateral_file"]).read_bytes())
+
+
 def times(vector: dict[str, Any]) -> list[datetime]:
     return [datetime.fromtimestamp(v["verification_time"], UTC) for v in vector["verifications"]]
 
@@ -61,17 +83,95 @@ def root() -> TrustRoot:
 
 def test_ci_has_the_real_quotes() -> None:
     if os.environ.get("CI") == "true":
-        assert len(TDS) >= 26, f"no real quotes in {DIRECTORY}"
-        assert len(JSON_LOGS) >= 4
+        assert (len(ALL), len(VERIFICATIONS)) >= (43, 74), f"no real quotes in {DIRECTORY}"
+        assert len(JSON_LOGS) + len(CCEL_LOGS) >= 8
 
 
-@by_name(TDS)
+@by_name(ALL)
 def test_a_real_quote_is_read_and_written_byte_for_byte(vector: dict[str, Any]) -> None:
-    quote = Quote.parse(read(vector))
+    quote = parse_quote(read(vector))
     assert quote.to_bytes() == read(vector)
-    fields = {f"rtmr{n}": rtmr for n, rtmr in enumerate(quote.body.rtmrs)}
-    found = {name: fields[name] if name in fields else getattr(quote.body, name) for name in vector["expected_fields"]}
-    assert {name: value.hex() for name, value in found.items()} == vector["expected_fields"]
+    assert quote.version == vector["quote_version"]
+    fields: dict[str, object] = {}
+    if isinstance(quote, Quote):
+        fields = {f"rtmr{n}": rtmr.hex() for n, rtmr in enumerate(quote.body.rtmrs)}
+    for name, wanted in vector["expected_fields"].items():
+        if name not in fields:
+            value = getattr(quote.body, name)
+            fields[name] = value.hex() if isinstance(wanted, str) else int.from_bytes(value, "little")
+    assert fields == vector["expected_fields"]
+    assert [row for row in describe(quote) if row[0] not in SECTIONS] == []
+
+
+@by_name(VERIFICATIONS)
+def test_a_real_quote_gets_the_verdict_that_it_must(vector: dict[str, Any], root: TrustRoot) -> None:
+    expected, now = vector["verification"]["expected"], unix(vector["verification"]["verification_time"])
+    collateral = collateral_of(vector)
+    for verify in (
+        lambda: verify_with_collateral(read(vector), collateral, roots=[root], now=now),
+        lambda: Verifier([root]).verify(read(vector), collateral, now=now),
+    ):
+        if expected["verify"] == "reject":
+            with pytest.raises(QuoteRejected) as caught:
+                verify()
+            assert caught.value.check == ("P2" if vector["name"][:-2] in OLD_ROOT else "T10")
+            continue
+        verdict = verify()
+        assert verdict.status == expected["status"]
+        if expected["advisories"] is not None:
+            assert list(verdict.advisories) == sorted(expected["advisories"])
+        assert verdict.earliest_expiry >= now
+        assert all(check.ok for check in verdict.checks)
+
+
+# What a policy finds first, in the manifest's words.
+REASONS = {"Debug mode is enabled": "A1", "SEPT_VE_DISABLE is not enabled": "A3", "Invalid MR service TD": "A8"}
+
+
+@by_name(VERIFICATIONS)
+def test_a_real_quote_gets_the_answer_of_a_conformance_suite(vector: dict[str, Any]) -> None:
+    expected = vector["verification"]["expected"]
+    case = {
+        "id": vector["name"],
+        "quote_hex": read(vector).hex(),
+        "collateral": json.loads((DIRECTORY / vector["verification"]["collateral_file"]).read_text()),
+        "root_der_b64": base64.b64encode((DIRECTORY / "root_ca.der").read_bytes()).decode(),
+        "now": vector["verification"]["verification_time"],
+    }
+    verify = json.loads(run_case(json.dumps(case | {"policy": "verify"}).encode()))
+    default = json.loads(run_case(json.dumps(case | {"policy": "default"}).encode()))
+    assert (verify["verdict"], verify["status"]) == (expected["verify"], expected.get("status"))
+    if expected["verify"] == "reject":
+        assert default == verify
+    elif expected["default_policy"] == "policy decides on status":
+        assert (default["verdict"], default["check"]) == ("reject", "status")
+    else:
+        assert default["verdict"] == expected["default_policy"]
+        assert default["check"] == REASONS.get(expected["policy_reason"])
+
+
+@by_name(VERIFICATIONS)
+def test_a_real_quote_is_refused_outside_its_collaterals_time(vector: dict[str, Any], root: TrustRoot) -> None:
+    if vector["verification"]["expected"]["verify"] == "reject":
+        return
+    verifier, collateral = Verifier([root]), collateral_of(vector)
+    end = verifier.verify(
+        read(vector), collateral, now=unix(vector["verification"]["verification_time"])
+    ).earliest_expiry
+    assert verifier.verify(read(vector), collateral, now=end)
+    for moment in (end + timedelta(seconds=1), end + timedelta(days=3650), end - timedelta(days=400)):
+        with pytest.raises(QuoteRejected):
+            verifier.verify(read(vector), collateral, now=moment)
+
+
+@by_name(CCEL_LOGS)
+def test_a_real_firmware_log_replays(vector: dict[str, Any]) -> None:
+    log = CcelLog.parse((DIRECTORY / vector["file"]).read_bytes())
+    replayed = log.replay()
+    assert len(log.events) == vector["events"]
+    assert [rtmr.hex() for rtmr in replayed] == vector["replayed_rtmrs"]
+    if vector["quote_file"] is not None:
+        assert Quote.parse(read(vector)).body.rtmrs == replayed
 
 
 @by_name(TDS)

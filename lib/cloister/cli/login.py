@@ -34,7 +34,7 @@ def make_user_key(state: StateDirectory) -> ec.EllipticCurvePrivateKey:
         pem = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        from cloister.runtime.files import write_atomically
+        from cloister.atomicfile import write_atomically
 
         write_atomically(state.user_key, pem, mode=0o600)
     return load_user_key(state)
@@ -138,8 +138,8 @@ async def _fetch(
     state: StateDirectory, key: ec.EllipticCurvePrivateKey, *, bundle: TrustBundle, enrolment: str
 ) -> UserCertificate:
     from cloister.api.attest.v1 import attest_pb2, attest_pb2_grpc
+    from cloister.atomicfile import write_atomically
     from cloister.runtime.channel import invoke, open_enrolment_channel
-    from cloister.runtime.files import write_atomically
 
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
     channel = open_enrolment_channel(enrolment, bundle=bundle)

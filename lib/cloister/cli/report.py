@@ -81,7 +81,7 @@ def render_report(report: RunReport) -> str:
 
 def write_report(report: RunReport, path: Path) -> None:
     """Write the report; the file appears whole or not at all."""
-    from cloister.runtime.files import write_atomically
+    from cloister.atomicfile import write_atomically
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, render_report(report).encode(), mode=0o644)

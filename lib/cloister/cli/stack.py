@@ -21,11 +21,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from cloister.atomicfile import write_atomically
 from cloister.cli import login, stackconfig
 from cloister.cli.state import SERVICES, Stack, StateDirectory
 from cloister.errors import CloisterError, Code
 from cloister.runtime.endpoints import read_endpoints
-from cloister.runtime.files import write_atomically
 from cloister.runtime.supervisor import Supervisor
 
 if TYPE_CHECKING:

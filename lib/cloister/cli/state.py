@@ -135,7 +135,7 @@ class StateDirectory:
                 Code.STACK_RUNNING,
                 what=f"a local stack already runs in {self.root}",
                 why="one state directory holds one stack",
-                todo=f"use it as it is, stop it with `cloister --state {self.root} dev down`, or choose another --state",
+                todo=f"use it, stop it with `cloister --state {self.root} dev down`, or choose another --state",
             )
         handle.truncate(0)
         handle.write(f"{os.getpid()}\n".encode())

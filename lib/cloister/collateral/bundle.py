@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from cloister.atomicfile import write_atomically
 from cloister.collateral.documents import (
     Document,
     from_collateral,
@@ -28,7 +29,6 @@ from cloister.collateral.failures import FetchFailed, expired, not_yet_valid
 from cloister.collateral.family import Family
 from cloister.collateral.resources import CollateralServer, DocumentKind
 from cloister.errors import CloisterError, Code
-from cloister.runtime.files import write_atomically
 from cloister.tdx.collateral import MAX_COLLATERAL_SIZE, Collateral
 from cloister.tdx.quote import QuoteRejected
 from cloister.tdx.trustroot import TrustRoot
@@ -173,7 +173,7 @@ def save(bundle: CollateralBundle, directory: Path, *, root: TrustRoot, now: dat
         known = _known(path, root)
         if known is not None and known.family == bundle.family:
             verified.require_not_older(known)
-    write_atomically(path, bundle.to_json(), 0o644)
+    write_atomically(path, bundle.to_json(), mode=0o644)
     return path
 
 
@@ -183,7 +183,7 @@ def require_root(directory: Path, root: TrustRoot, *, claim: bool = False) -> No
     wanted = f"{root.fingerprint.hex()}\n".encode()
     if not path.exists():
         if claim:
-            write_atomically(path, wanted, 0o644)
+            write_atomically(path, wanted, mode=0o644)
         return
     if read_bounded(path) != wanted:
         raise CloisterError(

@@ -50,6 +50,7 @@ from cloister.tdx.trustroot import TrustRoot
 
 _MAX_HOLDS: Final = 4096  # URLs that failed lately; the oldest is forgotten, and may be asked for again
 _LOOK_EVERY_S: Final = 60.0
+_ROOT_CRL: Final = DocumentKind.ROOT_CRL
 
 
 @dataclass(slots=True)
@@ -62,6 +63,9 @@ class _Entry:
     def usable(self, now: datetime) -> bool:
         self.latest = max(self.latest, now)
         return not self.withdrawn and self.document.valid_at(now) and self.latest <= self.document.expires
+
+    def due(self, now: datetime) -> bool:
+        return not self.usable(now) or now >= self.refresh_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,17 +159,14 @@ class CollateralCache:
 
     async def refresh_due(self) -> None:
         """Refresh what is due, and warn of what expires soon. Never raises for a server's sake."""
-        now = self._rhythm.clock()
-        due = [
-            entry.document.resource
-            for entry in self._entries.values()
-            # `usable` first: it also takes note of the time.
-            if not entry.usable(now) or now >= entry.refresh_at
-        ]
         # The root's list first: it decides whether the others' issuers still count.
-        for resource in sorted(due, key=lambda resource: resource.kind is not DocumentKind.ROOT_CRL):
-            with suppress(FetchFailed):
-                await self._fetch(resource)
+        entries = sorted(self._entries.values(), key=lambda entry: entry.document.resource.kind is not _ROOT_CRL)
+        for resource in [entry.document.resource for entry in entries]:
+            # Asked again for each: while one was fetched, a caller may have had another refreshed.
+            current = self._entries.get(resource.url)
+            if current is not None and current.due(self._rhythm.clock()):
+                with suppress(FetchFailed):
+                    await self._fetch(resource)
         self.watch.look([entry.document for entry in self._entries.values()], self._rhythm.clock())
 
     async def run(self) -> None:
@@ -226,7 +227,7 @@ class CollateralCache:
         now = self._rhythm.clock()
         entry = self._entries.get(resource.url)
         if entry is not None and entry.document.resource == resource and entry.usable(now):
-            if now >= entry.refresh_at:
+            if entry.due(now):
                 with suppress(FetchFailed):  # on hold: later
                     self._flight(resource)
             return entry.document
@@ -299,7 +300,7 @@ class CollateralCache:
     def _admit(self, document: Document, fetched_at: datetime, *, changed: bool = False) -> None:
         when = refresh_at(fetched_at, document.expires, self._rhythm.jitter())
         self._entries[document.resource.url] = _Entry(document, when, fetched_at)
-        if document.resource.kind is DocumentKind.ROOT_CRL:
+        if document.resource.kind is _ROOT_CRL:
             for entry in self._entries.values():
                 try:
                     require_not_revoked(entry.document, document)

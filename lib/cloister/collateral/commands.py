@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from cloister.atomicfile import write_atomically
 from cloister.collateral.bundle import (
     CollateralBundle,
     VerifiedBundle,
@@ -34,7 +35,6 @@ from cloister.collateral.family import Family
 from cloister.collateral.pccsfile import is_platform_collateral, read_platform_collateral
 from cloister.collateral.resources import CollateralServer, DocumentKind, Resource
 from cloister.errors import CloisterError, Code
-from cloister.runtime.files import write_atomically
 from cloister.tdx.trustroot import TrustRoot
 
 
@@ -97,7 +97,7 @@ def export(family: Family, directory: Path, target: Path, *, root: TrustRoot, no
     bundle = CollateralBundle.read(source)
     verified = bundle.verify(root)
     verified.require_valid(now)
-    write_atomically(target, bundle.to_json(), 0o644)
+    write_atomically(target, bundle.to_json(), mode=0o644)
     return _outcome(verified, target)
 
 

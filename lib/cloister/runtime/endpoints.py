@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from cloister.atomicfile import write_atomically
 from cloister.errors import CloisterError, Code
-from cloister.runtime.files import write_atomically
 
 _MAX_BYTES: Final = 16 * 1024
 

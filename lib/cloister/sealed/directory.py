@@ -50,8 +50,8 @@ class SealedDirectory:
         """
         data = read_manifest(path)
         manifest = Manifest.parse(data, name=str(path / MANIFEST_NAME))
-        first = manifest.files[0].path
-        name = str(path / (first + SUFFIX))
+        entry = manifest.files[0]
+        first, name = entry.path, str(path / (entry.path + SUFFIX))
         try:
             with (path / (first + SUFFIX)).open("rb") as file:
                 header = Header.read(file, name=name)
@@ -61,6 +61,9 @@ class SealedDirectory:
             raise file_error(error, what=f"cannot read {name}") from error
         if header.key_uri != manifest.key_uri:
             raise _mismatch(path, f"{first} is under another key than the manifest says")
+        # Without this, another version's file in this place would be asked a key for, and the manifest be blamed.
+        if header.associated.path != first or header.associated.file_id.hex() != entry.file_id:
+            raise _mismatch(path, f"{first} is not the file that the manifest lists: another version, or swapped")
         return Peek(manifest.digest, header.key_uri, header.key_version, header.wrapped)
 
     @classmethod

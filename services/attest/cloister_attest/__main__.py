@@ -8,6 +8,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from cloister.atomicfile import write_atomically
 from cloister.errors import CloisterError, Code
 from cloister.guest.enrol import Identity, utc_now
 from cloister.guest.evidence_service import mounted_evidence
@@ -18,7 +19,6 @@ from cloister.identity import Role, SpiffeId
 from cloister.runtime.config import load_measured_config
 from cloister.runtime.database import Database
 from cloister.runtime.endpoints import write_endpoints
-from cloister.runtime.files import write_atomically
 from cloister.runtime.health import HealthState
 from cloister.runtime.logging import configure
 from cloister.runtime.main import run_service

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
+from cloister.atomicfile import write_atomically
 from cloister.errors import CloisterError, Code
-from cloister.runtime.files import write_atomically
 from cloister.runtime.logging import get_logger
 from cloister_serving import reports
 from cloister_serving.agent import MODEL_DIRECTORY, READY_BYTE, AgentSpec

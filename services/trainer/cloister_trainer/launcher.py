@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from cloister.atomicfile import write_atomically
 from cloister.errors import Code
-from cloister.runtime.files import write_atomically
 from cloister.runtime.supervisor import Child, Supervisor
 from cloister_trainer.job import Failure, JobRecord
 from cloister_trainer.rankspec import RankInput, RankSpec

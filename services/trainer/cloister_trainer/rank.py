@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 import cloister.train
+from cloister.atomicfile import write_atomically
 from cloister.errors import CloisterError, Code
 from cloister.guest.enrol import Identity
 from cloister.guest.guest import Guest
@@ -36,7 +37,6 @@ from cloister.protocol import JobInput, job_config_digest
 from cloister.runtime import logging as cloister_logging
 from cloister.runtime.bundle import TrustBundle
 from cloister.runtime.channel import open_channel
-from cloister.runtime.files import write_atomically
 from cloister.runtime.process import harden, lifeline, pin_to_cores
 from cloister.sealed.datakey import DataKey
 from cloister.sealed.directory import Peek, SealedDirectory

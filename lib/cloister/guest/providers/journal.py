@@ -92,8 +92,9 @@ class Journal:
         data = os.pread(self._descriptor, _MAX_SIZE + 1, 0)
         if len(data) > _MAX_SIZE:
             self._fail(f"it has more than {_MAX_SIZE} bytes", "start a new TD")
-        # What is behind the last line feed was being written when a process died: its extension was never made.
-        whole, _, torn = data.rpartition(b"\n")
+        # What is behind the last line feed was being written when a process died: its extension was never made, and
+        # the next line is written over it.
+        whole = data.rpartition(b"\n")[0]
         header, *lines = whole.decode("ascii", "replace").split("\n")
         header_line = f"{_LABEL} {boot_id}"
         if header != header_line:
@@ -105,8 +106,6 @@ class Journal:
             self._write(f"{header_line}\n".encode("ascii"))
             return [], self._size
         found = [_LINE.fullmatch(line) for line in lines]
-        if torn:
-            os.ftruncate(self._descriptor, len(whole) + 1)
         return [(int(m[1]), bytes.fromhex(m[2])) if m else self._damaged() for m in found], len(whole) + 1
 
     def _damaged(self) -> NoReturn:

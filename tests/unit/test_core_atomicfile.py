@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from cloister.atomicfile import AtomicFile, write_atomically
 from cloister.errors import CloisterError, Code
 from cloister.runtime.endpoints import read_endpoints, write_endpoints
-from cloister.runtime.files import replacing, write_atomically
 
 
 def test_a_file_is_replaced_with_the_mode_asked_for_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_trace(tmp_path: Path) -
     write_atomically(path, b"old")
 
     def interrupted() -> None:
-        with replacing(path) as file:
+        with AtomicFile(path) as file:
             file.write(b"half")
             raise KeyboardInterrupt
 
@@ -77,7 +77,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_trace(small_disk: Path) -> None:
 def test_a_directory_that_is_not_there_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(CloisterError) as caught:
         write_atomically(tmp_path / "none" / "file", b"")
-    assert caught.value.code is Code.IO_FAILED
+    assert caught.value.code is Code.FILE_NOT_FOUND
     assert "none/file" in caught.value.what
 
 

@@ -70,6 +70,7 @@ def attest_config(places: Places, options: StackOptions, *, digests: Mapping[str
             "service": places.service_section("attest", options),
             "guest": places.guest_section(None),
             "attest": {"bundle_file": str(state.bundle)},
+            "collateral": {"source": f"offline:{state.platform / 'collateral'}"},
         },
         {
             "trust_roots": [{"path": str(state.platform / "root.pem"), "simulated": True}],

@@ -66,6 +66,7 @@ __all__ = [
 _MAX_SPKI: Final = 512  # a P-256 SubjectPublicKeyInfo has 91 bytes
 _NONCE_SIZES: Final = (32, 48)
 _MAX_PLATFORMS: Final = 4096  # whose family is remembered; about 100 bytes each
+_Family = tuple[bytes, PckCa]  # FMSPC and CA
 _CAS: Final = dict(zip(CA_NAMES, (PckCa.PLATFORM, PckCa.PROCESSOR), strict=True))
 
 
@@ -97,7 +98,7 @@ class VerifiedEvidence:
 class Trail:
     """What a verification used besides its arguments, whether it succeeded or not."""
 
-    platform: tuple[bytes, PckCa] | None = None  # FMSPC and CA, once the quote's chain has verified
+    platform: _Family | None = None  # FMSPC and CA, once the quote's chain has verified
     collateral: Collateral | None = None
     unavailable: CloisterError | None = None  # why there was no collateral
 
@@ -119,7 +120,7 @@ class EvidenceVerifier:
         self._source = source
         self._verifier = Verifier([root])
         # Families by the SHA-256 of a chain that verified: a success holds at all times, since it only names.
-        self._platforms: dict[bytes, tuple[bytes, PckCa]] = {}
+        self._platforms: dict[bytes, _Family] = {}
 
     async def verify(
         self,
@@ -132,13 +133,14 @@ class EvidenceVerifier:
     ) -> VerifiedEvidence:
         """Return what the evidence proves; raise EvidenceRefused with all checks made so far."""
         trail = trail or Trail()
-        role, quote = await asyncio.to_thread(self._platform, evidence, expected, checklist, trail)
-        collateral = await self._collateral(checklist, trail)
+        role, quote, family = await asyncio.to_thread(self._platform, evidence, expected, checklist)
+        trail.platform = family
+        collateral = await self._collateral(family, checklist, trail)
         return await asyncio.to_thread(self._judge, evidence, role, quote, collateral, now, checklist)
 
     def _platform(
-        self, evidence: evidence_pb2.Evidence, expected: Expected, checklist: Checklist, trail: Trail
-    ) -> tuple[Role, Quote]:
+        self, evidence: evidence_pb2.Evidence, expected: Expected, checklist: Checklist
+    ) -> tuple[Role, Quote, _Family]:
         """Take steps 1 to 3: nothing is asked of a collateral server for what has no genuine chain."""
         role = _form(evidence, checklist)  # 1
         _addressed(evidence, expected, checklist)  # 2
@@ -155,13 +157,11 @@ class EvidenceVerifier:
                 self._platforms[key] = found
         except QuoteRejected as error:
             _refuse_quote(error, checklist)
-        trail.platform = found
-        return role, quote
+        return role, quote, found
 
-    async def _collateral(self, checklist: Checklist, trail: Trail) -> Collateral:
+    async def _collateral(self, family: _Family, checklist: Checklist, trail: Trail) -> Collateral:
         """Take step 4."""
-        assert trail.platform is not None  # noqa: S101
-        fmspc, ca = trail.platform
+        fmspc, ca = family
         wanted = f"current collateral for FMSPC {fmspc.hex()}"
         try:
             collateral = await self._source.get(fmspc, ca, Tee.TDX)

@@ -8,9 +8,15 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import prometheus_client
+
+from cloister.appraisal.policy import STRICT, TdPolicy, parse_td_policy
+from cloister.appraisal.references import ReferenceSet, parse_reference_set
 from cloister.atomicfile import write_atomically
+from cloister.collateral.source import CollateralSource
 from cloister.errors import CloisterError, Code
 from cloister.guest.enrol import Identity, utc_now
+from cloister.guest.evidence import EvidenceVerifier
 from cloister.guest.evidence_service import mounted_evidence
 from cloister.guest.guest import Guest
 from cloister.guest.measure import read_measured
@@ -20,19 +26,22 @@ from cloister.runtime.config import load_measured_config
 from cloister.runtime.database import Database
 from cloister.runtime.endpoints import write_endpoints
 from cloister.runtime.health import HealthState
-from cloister.runtime.logging import configure
+from cloister.runtime.logging import configure, get_logger
 from cloister.runtime.main import run_service
 from cloister.runtime.metrics import MetricsServer, RpcMetrics
 from cloister.runtime.probes import ProbeServer
 from cloister.runtime.server import GrpcServer
-from cloister.tdx.verify import TrustRoot
+from cloister.tdx.trustroot import TrustRoot
 from cloister.tlv import tlv
 from cloister_attest.appraise import AppraisalPolicy
 from cloister_attest.authority import Authority
+from cloister_attest.collateral import open_collateral
 from cloister_attest.config import AttestConfig
 from cloister_attest.enrolment import Enrolment, Terms
+from cloister_attest.jwks import JwksServer
 from cloister_attest.ratelimit import RateLimit
 from cloister_attest.registry import MIGRATIONS, Registry
+from cloister_attest.results import td_policy_digest
 from cloister_attest.service import CALLERS, ENROLMENT_CALLERS, enrolment_services, services
 from cloister_attest.verdicts import Verdicts
 
@@ -47,24 +56,56 @@ async def main(config_path: Path, stop: asyncio.Event) -> None:
     try:
         database = Database.open(config.service.state_dir / "attest.sqlite", MIGRATIONS)
         try:
-            await _serve(config, config_bytes, guest, database, stop)
+            await _open(config, config_path.parent, config_bytes, guest, database, stop)
         finally:
             database.close()
     finally:
         guest.close()
 
 
+async def _open(
+    config: AttestConfig, base: Path, config_bytes: bytes, guest: Guest, database: Database, stop: asyncio.Event
+) -> None:
+    root, metrics = _root(config), RpcMetrics()
+    simulated = prometheus_client.Gauge(
+        "cloister_attest_simulated_root", "1 when quotes of simulated TDs are accepted.", registry=metrics.registry
+    )
+    simulated.set(int(root.simulated))
+    if root.simulated:
+        get_logger().warning("quotes of simulated TDs are accepted", root_sha256=root.fingerprint.hex())
+    async with open_collateral(
+        config.collateral, root=root, base=base, state_dir=config.service.state_dir, registry=metrics.registry
+    ) as source:
+        verifier = _verifier(config, root, source)
+        # The file only names root, policy and reference sets; who may vouch for quotes, and what must hold of them, is
+        # part of what this attest is.
+        measured = tlv(
+            "cloister-attest-config-v2",
+            config_bytes,
+            root.certificate_der,
+            verifier.policy.source,
+            *(found.source for _, found in sorted(verifier.references.items())),
+        )
+        await _serve(config, measured, verifier, metrics, guest, database, stop)
+
+
 async def _serve(
-    config: AttestConfig, config_bytes: bytes, guest: Guest, database: Database, stop: asyncio.Event
+    config: AttestConfig,
+    measured: bytes,
+    verifier: EvidenceVerifier,
+    metrics: RpcMetrics,
+    guest: Guest,
+    database: Database,
+    stop: asyncio.Event,
 ) -> None:
     authority = Authority(config.service.trust_domain, now=utc_now())
-    roots = _roots(config)
     registry = Registry(database)
-    verdicts = Verdicts(database, limit=config.attest.kept_verdicts)
+    verdicts = Verdicts(database, limit=config.attest.kept_verdicts, grounds_limit=config.attest.kept_bundles)
+    await verdicts.sweep()
     enrolment = Enrolment(
         authority=authority,
-        policy=_policy(config, authority),
-        roots=roots,
+        policy=_policy(config, authority, verifier),
+        verifier=verifier,
         users=_users(config),
         registry=registry,
         verdicts=verdicts,
@@ -76,14 +117,13 @@ async def _serve(
         guest,
         bundle=authority.bundle,
         package="cloister_attest",
-        # The file only names the roots; who may vouch for quotes is part of what this attest is.
-        config_bytes=tlv("cloister-attest-config-v1", config_bytes, *(root.certificate_der for root in roots)),
+        config_bytes=measured,
         role=Role.ATTEST,
     )
     identity = await Identity.enrol_through(enrolment, guest, bundle=authority.bundle)
     identity.start_renewal()
 
-    health, metrics = HealthState(), RpcMetrics()
+    health = HealthState()
     rate_limit = RateLimit(per_s=config.attest.calls_per_s, burst=config.attest.calls_burst, clock_s=time.monotonic)
     server = GrpcServer(
         section=config.service,
@@ -104,11 +144,13 @@ async def _serve(
         anonymous=True,
     )
     probes = ProbeServer(config.service.health_listen, health)
+    jwks = JwksServer(listen=config.attest.jwks_listen, credentials=identity, bundle=authority.bundle)
     exposition = MetricsServer(config.service.metrics_listen, metrics.registry)
     try:
         await server.start()
         await enrolment_server.start()
         await probes.start()
+        await jwks.start()
         # Whoever sees the endpoints may read the bundle: it is there first.
         write_atomically(config.attest.bundle_file, authority.bundle.to_bytes(), mode=0o644)
         write_endpoints(
@@ -116,6 +158,7 @@ async def _serve(
             {
                 "grpc": server.endpoint,
                 "enrolment": enrolment_server.endpoint,
+                "jwks": jwks.endpoint,
                 "health": probes.endpoint,
                 "metrics": exposition.endpoint,
             },
@@ -123,23 +166,51 @@ async def _serve(
         await stop.wait()
     finally:
         await asyncio.gather(server.drain(_DRAIN_S), enrolment_server.drain(_DRAIN_S))
+        await jwks.stop()
         await probes.stop()
         exposition.close()
         await identity.aclose()
 
 
-def _policy(config: AttestConfig, authority: Authority) -> AppraisalPolicy:
+def _policy(config: AttestConfig, authority: Authority, verifier: EvidenceVerifier) -> AppraisalPolicy:
     scripts: dict[Role, frozenset[bytes]] = {}
     for entry in config.services:
         digests = frozenset(bytes.fromhex(text.removeprefix("sha384:")) for text in entry.script)
         scripts[entry.role] = scripts.get(entry.role, frozenset()) | digests
-    return AppraisalPolicy(config.service.trust_domain, authority.bundle.digest, scripts)
+    digest = td_policy_digest(verifier)
+    return AppraisalPolicy(config.service.trust_domain, authority.bundle.digest, scripts, digest)
 
 
-def _roots(config: AttestConfig) -> list[TrustRoot]:
-    return [
-        TrustRoot.from_pem(read_measured(entry.path).data, simulated=entry.simulated) for entry in config.trust_roots
-    ]
+def _root(config: AttestConfig) -> TrustRoot:
+    entry = config.trust_roots[0]
+    return TrustRoot.from_pem(read_measured(entry.path).data, simulated=entry.simulated)
+
+
+def _verifier(config: AttestConfig, root: TrustRoot, source: CollateralSource) -> EvidenceVerifier:
+    path = config.appraisal.policy
+    policy: TdPolicy = STRICT if path is None else parse_td_policy(read_measured(path).data)
+    return EvidenceVerifier(root, source, policy=policy, references=_references(config))
+
+
+def _references(config: AttestConfig) -> list[ReferenceSet]:
+    found: dict[str, ReferenceSet] = {}
+    for entry in config.references:
+        references = parse_reference_set(read_measured(entry.path).data)
+        if f"sha384:{references.digest.hex()}" != entry.digest:
+            raise CloisterError(
+                Code.CONFIG_INVALID,
+                what=f"the reference set {entry.path} is not the one that is pinned",
+                why=f"it is {references}, sha384:{references.digest.hex()}",
+                todo="review it, and pin this digest in [[references]] if it is right",
+            )
+        if found.setdefault(references.name, references) is not references:
+            raise CloisterError(
+                Code.CONFIG_INVALID,
+                what=f"two reference sets are called {references.name}",
+                why="a policy names a set by its name alone",
+                todo="configure one of them",
+            )
+    return list(found.values())
 
 
 def _users(config: AttestConfig) -> dict[bytes, SpiffeId]:

@@ -453,12 +453,18 @@ class Verdict(_message.Message):
     ACCEPTED_FIELD_NUMBER: _builtins.int
     SIMULATED_FIELD_NUMBER: _builtins.int
     CHECKS_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    HAS_BUNDLE_FIELD_NUMBER: _builtins.int
     time_unix_ms: _builtins.int
     role: _builtins.str
     spiffe_id: _builtins.str
     """Empty when the enrolment was refused before an identity was found."""
     accepted: _builtins.bool
     simulated: _builtins.bool
+    id: _builtins.int
+    """For GetVerdictBundle; increases with time."""
+    has_bundle: _builtins.bool
+    """What the verdict was made from is kept."""
     @_builtins.property
     def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Check]: ...
     def __init__(
@@ -470,14 +476,56 @@ class Verdict(_message.Message):
         accepted: _builtins.bool = ...,
         simulated: _builtins.bool = ...,
         checks: _abc.Iterable[Global___Check] | None = ...,
+        id: _builtins.int = ...,
+        has_bundle: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "checks", b"checks", "role", b"role", "simulated", b"simulated", "spiffe_id", b"spiffe_id", "time_unix_ms", b"time_unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "checks", b"checks", "has_bundle", b"has_bundle", "id", b"id", "role", b"role", "simulated", b"simulated", "spiffe_id", b"spiffe_id", "time_unix_ms", b"time_unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
+
+@_typing.final
+class GetVerdictBundleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Verdict.id."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetVerdictBundleRequest: _TypeAlias = GetVerdictBundleRequest  # noqa: Y015
+
+@_typing.final
+class GetVerdictBundleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    bundle: _builtins.bytes
+    """JSON, format "cloister-verdict-1", at most 3 MiB."""
+    def __init__(
+        self,
+        *,
+        bundle: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetVerdictBundleResponse: _TypeAlias = GetVerdictBundleResponse  # noqa: Y015
 
 @_typing.final
 class Check(_message.Message):

@@ -452,6 +452,11 @@ class VerdictServiceStub:
                 request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListVerdictsRequest.SerializeToString,
                 response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListVerdictsResponse.FromString,
                 _registered_method=True)
+        self.GetVerdictBundle = channel.unary_unary(
+                '/cloister.api.attest.v1.VerdictService/GetVerdictBundle',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetVerdictBundleRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetVerdictBundleResponse.FromString,
+                _registered_method=True)
 
 
 class VerdictServiceServicer:
@@ -464,6 +469,13 @@ class VerdictServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetVerdictBundle(self, request, context):
+        """One verdict with everything it was made from, so that it can be made again offline.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VerdictServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -471,6 +483,11 @@ def add_VerdictServiceServicer_to_server(servicer, server):
                     servicer.ListVerdicts,
                     request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListVerdictsRequest.FromString,
                     response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListVerdictsResponse.SerializeToString,
+            ),
+            'GetVerdictBundle': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetVerdictBundle,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetVerdictBundleRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetVerdictBundleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -501,6 +518,33 @@ class VerdictService:
             '/cloister.api.attest.v1.VerdictService/ListVerdicts',
             cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListVerdictsRequest.SerializeToString,
             cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListVerdictsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetVerdictBundle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.VerdictService/GetVerdictBundle',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetVerdictBundleRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetVerdictBundleResponse.FromString,
             options,
             channel_credentials,
             insecure,

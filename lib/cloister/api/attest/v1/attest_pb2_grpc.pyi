@@ -156,6 +156,8 @@ class VerdictServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> VerdictServiceAsyncStub: ...
     ListVerdicts: _grpc.UnaryUnaryMultiCallable[_attest_pb2.ListVerdictsRequest, _attest_pb2.ListVerdictsResponse]
+    GetVerdictBundle: _grpc.UnaryUnaryMultiCallable[_attest_pb2.GetVerdictBundleRequest, _attest_pb2.GetVerdictBundleResponse]
+    """One verdict with everything it was made from, so that it can be made again offline."""
 
 @_typing.type_check_only
 class VerdictServiceAsyncStub(VerdictServiceStub):
@@ -163,6 +165,8 @@ class VerdictServiceAsyncStub(VerdictServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListVerdicts: _aio.UnaryUnaryMultiCallable[_attest_pb2.ListVerdictsRequest, _attest_pb2.ListVerdictsResponse]  # type: ignore[assignment]
+    GetVerdictBundle: _aio.UnaryUnaryMultiCallable[_attest_pb2.GetVerdictBundleRequest, _attest_pb2.GetVerdictBundleResponse]  # type: ignore[assignment]
+    """One verdict with everything it was made from, so that it can be made again offline."""
 
 class VerdictServiceServicer(metaclass=_abc_1.ABCMeta):
     """Verdicts of the past, for operators and reports. Read-only."""
@@ -173,5 +177,13 @@ class VerdictServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _attest_pb2.ListVerdictsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_attest_pb2.ListVerdictsResponse, _abc.Awaitable[_attest_pb2.ListVerdictsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetVerdictBundle(
+        self,
+        request: _attest_pb2.GetVerdictBundleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.GetVerdictBundleResponse, _abc.Awaitable[_attest_pb2.GetVerdictBundleResponse]]:
+        """One verdict with everything it was made from, so that it can be made again offline."""
 
 def add_VerdictServiceServicer_to_server(servicer: VerdictServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

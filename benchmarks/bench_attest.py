@@ -14,6 +14,7 @@ so its one figure stands beside both. The two take turns, so that what else runs
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -81,7 +82,7 @@ def simulated() -> Subject:
 
 def theirs(subject: Subject) -> Callable[[], object] | None:
     try:
-        import dcap_qvl
+        dcap_qvl = importlib.import_module("dcap_qvl")
     except ImportError:
         return None
     collateral = dcap_qvl.QuoteCollateralV3.from_json(subject.collateral.to_json().decode())

@@ -11,6 +11,7 @@ It serves whatever it was given, expired or not, as PCCS do, and lies on request
 from __future__ import annotations
 
 import asyncio
+import json
 import ssl
 import tempfile
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ from cryptography.x509.oid import NameOID
 
 from cloister.collateral.family import Family
 from cloister.collateral.resources import CollateralServer, DocumentKind
+from cloister.tdx.collateral import Collateral
 
 _PATHS = {
     "/tdx/certification/v4/tcb": DocumentKind.TCB_INFO,
@@ -88,8 +90,10 @@ class FakePccs:
             await self._runner.cleanup()
         self._directory.cleanup()
 
-    def serve(self, family: Family, collateral: Mapping[str, str], *, hex_crls: bool = False) -> None:
+    def serve(self, family: Family, collateral: Collateral | Mapping[str, str], *, hex_crls: bool = False) -> None:
         """Serve these nine strings for a family, in the place of what was there; nothing looks at dates."""
+        if isinstance(collateral, Collateral):
+            collateral = dict[str, str](json.loads(collateral.to_json()))
         tcb, tcb_signature = collateral["tcb_info"], collateral["tcb_info_signature"]
         qe, qe_signature = collateral["qe_identity"], collateral["qe_identity_signature"]
         bodies = {

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +33,7 @@ from cloister.runtime.pem import read_leaf
 from fakes.certs import TRUST_DOMAIN, TestCa
 
 TIMEOUT_S = 10.0
+PUSHED_S = 3.0  # below the time after which the API would look by itself
 
 
 @pytest.fixture
@@ -177,10 +179,15 @@ class TestProtocol:
     async def test_every_listener_gets_every_renewal(
         self, channel: grpc.aio.Channel, credentials: StaticCredentials, ca: TestCa
     ) -> None:
+        asyncio.get_running_loop().set_debug(True)  # the loop then refuses calls from threads that are not its own
         calls = [svids(channel) for _ in range(8)]
         first = [await call.read() for call in calls]
-        await asyncio.to_thread(credentials.replace, ca.material(Role.RANK))  # from another thread, as it may be
-        second = [await call.read() for call in calls]
+        # From another thread, as it may be, and one whose end wakes nobody.
+        thread = threading.Thread(target=credentials.replace, args=[ca.material(Role.RANK)])
+        thread.start()
+        async with asyncio.timeout(PUSHED_S):
+            second = [await call.read() for call in calls]
+        thread.join()
         assert len({response.SerializeToString() for response in first}) == 1
         assert len({response.SerializeToString() for response in second}) == 1
         assert first[0] != second[0]
@@ -195,7 +202,11 @@ class TestProtocol:
         )(X509BundlesRequest(), metadata=(SECURITY_HEADER,), timeout=TIMEOUT_S)
         domain, root = f"spiffe://{TRUST_DOMAIN}", ca.root.public_bytes(Encoding.DER)
         assert dict((await call.read()).bundles) == {domain: root}
+        listener = svids(channel)
+        await listener.read()
         credentials.replace(ca.material(Role.RANK))  # another certificate, the same bundle
+        async with asyncio.timeout(PUSHED_S):
+            await listener.read()
         other = TestCa(epoch="test-2")
         credentials.replace(ca.material(Role.RANK, bundle=ca.bundle_with(other)))
         assert dict((await call.read()).bundles) == {domain: root + other.root.public_bytes(Encoding.DER)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from cloister.tdx.conformance import MAX_CASE_SIZE, run_case
 from fakes.forged_collateral import World, level, svns
 from fakes.forged_rows_policy import attributes
+
+VECTORS = Path(__file__).parents[1] / "vectors" / "tdx"
 
 
 def case(world: World, **change: Any) -> dict[str, Any]:
@@ -27,6 +30,16 @@ def case(world: World, **change: Any) -> dict[str, Any]:
 
 def run(case: Any) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(run_case(json.dumps(case).encode())))
+
+
+PINNED = [json.loads(line) for line in (VECTORS / "cases.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("pinned", [pytest.param(pinned, id=pinned["case"]["id"]) for pinned in PINNED])
+def test_a_pinned_case_keeps_its_answer(pinned: dict[str, Any]) -> None:
+    answer = run(pinned["case"])
+    assert (answer.pop("error") is None) == (answer["verdict"] == "accept")
+    assert answer == pinned["answer"]
 
 
 ACCEPTED = {"id": "one", "verdict": "accept", "status": "UpToDate", "advisory_ids": [], "check": None, "error": None}

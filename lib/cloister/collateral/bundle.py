@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from cloister.atomicfile import write_atomically
+from cloister.atomicfile import file_error, write_atomically
 from cloister.collateral.documents import (
     Document,
     from_collateral,
@@ -167,7 +167,7 @@ def save(bundle: CollateralBundle, directory: Path, *, root: TrustRoot, now: dat
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _io_failed(directory, error) from error
+        raise file_error(error, what=f"cannot make {directory}") from error
     require_root(directory, root, claim=True)
     if path.exists() and not reset:
         known = _known(path, root)
@@ -204,7 +204,7 @@ def read_bounded(path: Path) -> bytes:
             Code.FILE_NOT_FOUND, what=f"{path} is not there", todo="name a bundle, or a platformcollateral file"
         ) from None
     except OSError as error:
-        raise _io_failed(path, error) from error
+        raise file_error(error, what=f"cannot read {path}") from error
     if len(data) > _MAX_FILE_BYTES:
         raise _invalid(f"it is larger than {_MAX_FILE_BYTES} bytes")
     return data
@@ -233,13 +233,4 @@ def _invalid(why: str) -> CloisterError:
         what="this is not a bundle of collateral",
         why=why,
         todo="make one with `cloister collateral fetch` or `export`",
-    )
-
-
-def _io_failed(path: Path, error: OSError) -> CloisterError:
-    return CloisterError(
-        Code.IO_FAILED,
-        what=f"{path} cannot be used",
-        why=error.strerror or str(error),
-        todo="check the path and its permissions",
     )

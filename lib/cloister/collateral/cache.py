@@ -209,6 +209,7 @@ class CollateralCache:
                 self._log.warning("stored collateral is damaged", url=resource.url, reason=reason)
                 continue
             self._admit(document, fetched_at)
+        self._withdraw_revoked()
 
     def _require_clock(self, now: datetime) -> None:
         """Refuse a clock that is behind something that was signed and seen: it would make old collateral valid."""
@@ -219,18 +220,26 @@ class CollateralCache:
     async def _documents(self, family: Family) -> tuple[Document, ...]:
         root_crl, *others = self._client.server.resources(family, self._evaluation_number)
         # First, so that issuers can be looked up in it before what they signed is kept.
-        first = await self._obtain(root_crl, family)
-        return (first, *await asyncio.gather(*(self._obtain(resource, family) for resource in others)))
+        first = self._ready(root_crl) or await self._obtain(root_crl, family)
+        found = [self._ready(resource) for resource in others]
+        missing = [resource for resource, document in zip(others, found, strict=True) if document is None]
+        fetched = iter(await asyncio.gather(*(self._obtain(resource, family) for resource in missing)))
+        return (first, *(document or next(fetched) for document in found))
 
-    async def _obtain(self, resource: Resource, family: Family) -> Document:
-        """Return a usable document, from memory or from the server; raise CloisterError."""
+    def _ready(self, resource: Resource) -> Document | None:
+        """Return a usable document from memory, and begin to refresh it when that is due."""
         now = self._rhythm.clock()
         entry = self._entries.get(resource.url)
-        if entry is not None and entry.document.resource == resource and entry.usable(now):
-            if entry.due(now):
-                with suppress(FetchFailed):  # on hold: later
-                    self._flight(resource)
-            return entry.document
+        if entry is None or entry.document.resource != resource or not entry.usable(now):
+            return None
+        if entry.due(now):
+            with suppress(FetchFailed):  # on hold: later
+                self._flight(resource)
+        return entry.document
+
+    async def _obtain(self, resource: Resource, family: Family) -> Document:
+        """Return a document from the server; raise CloisterError."""
+        entry = self._entries.get(resource.url)
         try:
             return await self._fetch(resource)
         except FetchFailed as failed:
@@ -273,7 +282,6 @@ class CollateralCache:
             self._put_on_hold(resource, failed)
             raise
         self._holds.pop(resource.url, None)
-        self._server_hold = None
         known = self._entries.get(resource.url)
         changed = known is None or not known.document.same_as(document)
         self.watch.fetched(resource, changed=changed)
@@ -287,27 +295,38 @@ class CollateralCache:
 
     def _require_good(self, document: Document) -> None:
         """Revocation, time, and no way back (rules 3 to 5)."""
-        if document.issuer is not None:
-            root_crl = self._entries.get(self._client.server.root_crl().url)
-            if root_crl is None:
-                raise FetchFailed(Failure.UNAUTHENTIC, "there is no root CRL to look its issuer up in")
-            require_not_revoked(document, root_crl.document)
+        self._require_issuer(document)
         known = self._entries.get(document.resource.url)
         if known is not None and known.document.resource == document.resource:
             require_not_older(document, known.document)
         require_valid(document, self._rhythm.clock())
 
+    def _require_issuer(self, document: Document) -> None:
+        """Raise FetchFailed when the root's list revokes the document's issuer, or there is no such list."""
+        if document.issuer is None:
+            return
+        root_crl = self._entries.get(self._client.server.root_crl().url)
+        if root_crl is None:
+            raise FetchFailed(Failure.REVOKED, "there is no root CA CRL to look its issuer up in")
+        require_not_revoked(document, root_crl.document)
+
     def _admit(self, document: Document, fetched_at: datetime, *, changed: bool = False) -> None:
         when = refresh_at(fetched_at, document.expires, self._rhythm.jitter())
         self._entries[document.resource.url] = _Entry(document, when, fetched_at)
         if document.resource.kind is _ROOT_CRL:
-            for entry in self._entries.values():
-                try:
-                    require_not_revoked(entry.document, document)
-                except FetchFailed as failed:
-                    entry.withdrawn = True
-                    self._log.error("collateral withdrawn", url=entry.document.resource.url, reason=failed.reason)
+            self._withdraw_revoked()
         self.watch.kept(document, changed=changed)
+
+    def _withdraw_revoked(self) -> None:
+        """Serve no more of what a revoked issuer signed. Without a root CRL nothing is served until there is one."""
+        if self._client.server.root_crl().url not in self._entries:
+            return
+        for entry in self._entries.values():
+            try:
+                self._require_issuer(entry.document)
+            except FetchFailed as failed:
+                entry.withdrawn = True
+                self._log.error("collateral withdrawn", url=entry.document.resource.url, reason=failed.reason)
 
     def _put_on_hold(self, resource: Resource, failed: FetchFailed) -> None:
         hold = hold_after(failed, self._holds.pop(resource.url, None), self._rhythm.monotonic(), self._rhythm.jitter())

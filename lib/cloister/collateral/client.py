@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import Final, Self
 
 import aiohttp
-from yarl import URL
 
 from cloister.collateral.decode import MAX_CHAIN_BYTES, Answer
 from cloister.collateral.failures import Failure, FetchFailed, kind_text
@@ -86,8 +85,7 @@ class CollateralClient:
         try:
             async with (
                 asyncio.timeout(self._limits.total_s),
-                # The URL is the cache key: it is sent as it is written.
-                self._open().get(URL(resource.url, encoded=True), allow_redirects=False) as response,
+                self._open().get(resource.url, allow_redirects=False) as response,
             ):
                 self._require_ok(response, what)
                 return Answer(await self._read(response, resource.kind, what), _chain_header(response, resource.kind))

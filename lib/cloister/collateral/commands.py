@@ -31,10 +31,12 @@ from cloister.collateral.documents import (
     verify_document,
 )
 from cloister.collateral.failures import FETCH_HINT, FetchFailed, not_available
-from cloister.collateral.family import Family
+from cloister.collateral.family import Edition, Family, PckCa, Tee
 from cloister.collateral.pccsfile import is_platform_collateral, read_platform_collateral
 from cloister.collateral.resources import CollateralServer, DocumentKind, Resource
 from cloister.errors import CloisterError, Code
+from cloister.tdx.pckchain import load_pck_chain
+from cloister.tdx.quote import Quote, QuoteRejected, parse_quote
 from cloister.tdx.trustroot import TrustRoot
 
 
@@ -54,6 +56,22 @@ class Imported:
 
     taken: tuple[Outcome, ...]
     refused: tuple[tuple[Family, CloisterError], ...]
+
+
+def family_of(quote: bytes, *, roots: Sequence[TrustRoot], edition: Edition = Edition.STANDARD) -> Family:
+    """Return the family of a quote whose PCK chain leads to one of these roots; raise CloisterError(QUOTE_REJECTED)."""
+    try:
+        parsed = parse_quote(quote)
+        chain = load_pck_chain(parsed.signature.pck_chain_pem, roots=roots)
+    except QuoteRejected as rejected:
+        raise CloisterError(
+            Code.QUOTE_REJECTED,
+            what="the quote does not say which platform it is of",
+            why=f"{rejected.check}: {rejected.reason}",
+            todo="look at it with `cloister quote show`",
+        ) from None
+    ca = next(ca for ca in PckCa if ca.common_name == chain.ca_name)
+    return Family(chain.pck.fmspc, ca, Tee.TDX if isinstance(parsed, Quote) else Tee.SGX, edition)
 
 
 async def fetch(

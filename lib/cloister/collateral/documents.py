@@ -41,10 +41,6 @@ from cloister.tdx.quote import QuoteRejected
 from cloister.tdx.tcbinfo import QeIdentity, TcbInfo
 from cloister.tdx.trustroot import TrustRoot
 
-PCK_CA_NAMES: Final = {
-    PckCa.PLATFORM: "Intel SGX PCK Platform CA",
-    PckCa.PROCESSOR: "Intel SGX PCK Processor CA",
-}
 TCB_INFO_ID: Final = {Tee.TDX: "TDX", Tee.SGX: "SGX"}
 QE_IDENTITY_ID: Final = {Tee.TDX: "TD_QE", Tee.SGX: "QE"}
 
@@ -193,8 +189,7 @@ def _issuer(resource: Resource, pem: bytes, root: TrustRoot) -> Certificate:
     if certificate.issuer_der != root.certificate.subject_der:
         raise QuoteRejected("P5", "its issuer is not certified by the root itself")
     if signs_crl:
-        names = tuple(PCK_CA_NAMES.values()) if resource.ca is None else (PCK_CA_NAMES[resource.ca],)
-        require_name(certificate, names)
+        require_name(certificate, tuple(ca.common_name for ca in PckCa if resource.ca in (None, ca)))
         require_issuer(certificate, depth=0)
     else:
         require_name(certificate, (TCB_SIGNING_NAME,))

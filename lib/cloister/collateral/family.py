@@ -27,6 +27,11 @@ class PckCa(enum.StrEnum):
     PLATFORM = "platform"
     PROCESSOR = "processor"
 
+    @property
+    def common_name(self) -> str:
+        """The CA's name in certificates."""
+        return f"Intel SGX PCK {self.capitalize()} CA"
+
 
 class Edition(enum.StrEnum):
     """When a new TCB evaluation begins to count.

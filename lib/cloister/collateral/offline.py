@@ -6,17 +6,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Final
 
 from cloister.collateral.bundle import CollateralBundle, VerifiedBundle, bundle_path, require_root
 from cloister.collateral.failures import FETCH_HINT, expired
 from cloister.collateral.family import Edition, Family
+from cloister.collateral.watch import CollateralWatch
 from cloister.errors import CloisterError, Code
 from cloister.runtime.logging import get_logger
 from cloister.tdx.collateral import Collateral
 from cloister.tdx.trustroot import TrustRoot
 
+_LOOK_EVERY: Final = timedelta(minutes=1)
 _Identity = tuple[int, int, int]  # of a file's contents: inode, modification time, size
 
 
@@ -40,12 +43,15 @@ class OfflineCollateral:
         root: TrustRoot,
         edition: Edition = Edition.STANDARD,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        watch: CollateralWatch | None = None,
     ) -> None:
         require_root(directory, root)
         self._directory = directory
         self._root = root
         self._edition = edition
         self._clock = clock
+        self.watch = watch or CollateralWatch()
+        self._looked_at: datetime | None = None
         self._loaded: dict[Family, _Loaded] = {}
         self._log = get_logger()
 
@@ -54,10 +60,11 @@ class OfflineCollateral:
         family = Family.of(fmspc.hex(), ca, tee, self._edition)
         now = self._clock()
         loaded = await self._load(family, now)
-        if max(now, loaded.latest) > loaded.bundle.expires:
-            raise expired(family, loaded.bundle.expires, max(now, loaded.latest))
-        loaded.bundle.require_valid(now)
         loaded.latest = max(now, loaded.latest)
+        self._look(now)
+        if loaded.latest > loaded.bundle.expires:
+            raise expired(family, loaded.bundle.expires, loaded.latest)
+        loaded.bundle.require_valid(now)
         return loaded.bundle.collateral
 
     async def _load(self, family: Family, now: datetime) -> _Loaded:
@@ -84,7 +91,17 @@ class OfflineCollateral:
             known.identity = identity
             return known
         loaded = self._loaded[family] = _Loaded(bundle, identity, now)
+        for document in bundle.documents.values():
+            self.watch.kept(document, changed=False)
+        self._looked_at = None
         return loaded
+
+    def _look(self, now: datetime) -> None:
+        """Warn of what expires soon; looked for once a minute, not with every quote."""
+        if self._looked_at is None or abs(now - self._looked_at) >= _LOOK_EVERY:
+            self._looked_at = now
+            bundles = (loaded.bundle for loaded in self._loaded.values())
+            self.watch.look([document for bundle in bundles for document in bundle.documents.values()], now)
 
     def _verify(self, path: Path, family: Family) -> VerifiedBundle:
         bundle = CollateralBundle.read(path)

@@ -46,6 +46,8 @@ class Hold:
 def hold_after(failed: FetchFailed, previous: Hold | None, now_s: float, jitter: float) -> Hold:
     """Return how long to leave a URL alone after this failure; `jitter` is from 0 to 1."""
     failures = 1 if previous is None else previous.failures + 1
+    # A copy: the exception itself would keep every frame that it went through, and what was received there.
+    failed = FetchFailed(failed.failure, failed.reason, retry_after=failed.retry_after)
     if failed.failure is Failure.NOT_FOUND:
         return Hold(failed, failures, now_s + NOT_FOUND_S)
     # Exponential, and at least half of it, so that a fleet comes back spread out.

@@ -7,7 +7,7 @@ Layouts: `sgx_report.h`, `sgx_quote_4.h`, `sgx_quote_5.h` of Intel's DCAP; numbe
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Self
 
 SGX_REPORT_SIZE: Final = 384
@@ -67,7 +67,24 @@ class SgxReport(_FixedFields):
         return bool(self.attributes[0] & 0x02)
 
     def _values(self) -> tuple[bytes, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return (
+            self.cpu_svn,
+            self.misc_select,
+            self.reserved_1,
+            self.isv_ext_prod_id,
+            self.attributes,
+            self.mr_enclave,
+            self.reserved_2,
+            self.mr_signer,
+            self.reserved_3,
+            self.config_id,
+            self.isv_prod_id,
+            self.isv_svn,
+            self.config_svn,
+            self.reserved_4,
+            self.isv_family_id,
+            self.report_data,
+        )
 
 
 QeReport = SgxReport  # what it is called where it is the quoting enclave's

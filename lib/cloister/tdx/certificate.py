@@ -126,7 +126,8 @@ def load_certificate(der: bytes, what: str) -> Certificate:
         outer.finish()
         tbs = certificate.enter()
         outer_algorithm = certificate.take_whole(SEQUENCE)
-        certificate.take(BIT_STRING)
+        if certificate.take(BIT_STRING)[:1] != b"\0":
+            raise DerError("a signature that is not whole bytes")
         certificate.finish()
         version = tbs.enter(0xA0)
         if version.integer() != 2:

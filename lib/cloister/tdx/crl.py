@@ -103,7 +103,8 @@ def _load(der: bytes, check: str, what: str) -> tuple[bytes, x509.CertificateRev
         outer.finish()
         tbs = listing.enter()
         outer_algorithm = listing.take_whole(SEQUENCE)
-        listing.take(BIT_STRING)
+        if listing.take(BIT_STRING)[:1] != b"\0":
+            raise DerError("a signature that is not whole bytes")
         listing.finish()
         if tbs.integer() != 1:
             raise DerError("not a version 2 list")

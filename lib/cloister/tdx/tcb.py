@@ -183,7 +183,7 @@ def _enclave(identity: QeIdentity, qe: SgxReport) -> Standing:
 
 
 def _masked(value: bytes, mask: bytes) -> bytes:
-    return bytes(a & b for a, b in zip(value, mask, strict=True))
+    return (int.from_bytes(value, "big") & int.from_bytes(mask, "big")).to_bytes(len(mask), "big")
 
 
 def _reject(check: str, reason: str) -> NoReturn:

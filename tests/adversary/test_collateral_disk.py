@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator owns the disk: whatever a cache file says, what is served has verified."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+
+import apsw
+import pytest
+
+from cloister.collateral.cache import CollateralCache
+from cloister.collateral.family import Family
+from cloister.collateral.resources import DocumentKind
+from cloister.tdx.collateral import Collateral
+from fakes.collateral_authority import TDX_FAMILY, CollateralAuthority
+from fakes.collateral_harness import Clocks, open_cache
+from fakes.fake_pccs import FakePccs
+
+DAY = timedelta(days=1)
+TCB, QE, PCK, ROOT = (
+    DocumentKind.TCB_INFO,
+    DocumentKind.QE_IDENTITY,
+    DocumentKind.PCK_CRL,
+    DocumentKind.ROOT_CRL,
+)
+Nine = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def authority() -> CollateralAuthority:
+    return CollateralAuthority()
+
+
+@pytest.fixture(scope="module")
+def evil() -> CollateralAuthority:
+    """Return an authority with the same names and another root."""
+    return CollateralAuthority()
+
+
+@pytest.fixture
+async def pccs(authority: CollateralAuthority) -> AsyncIterator[FakePccs]:
+    async with FakePccs() as server:
+        server.serve(TDX_FAMILY, authority.collateral(TDX_FAMILY))
+        yield server
+
+
+@pytest.fixture
+def clocks() -> Clocks:
+    return Clocks()
+
+
+@pytest.fixture
+async def cache(
+    pccs: FakePccs, tmp_path: Path, authority: CollateralAuthority, clocks: Clocks
+) -> AsyncIterator[CollateralCache]:
+    async with open_cache(pccs, tmp_path / "cache.db", authority.trust_root, clocks) as opened:
+        yield opened
+
+
+async def get(cache: CollateralCache) -> Collateral:
+    return await cache.get(TDX_FAMILY.fmspc, TDX_FAMILY.ca, TDX_FAMILY.tee)
+
+
+class TestCacheFile:
+    async def test_a_row_that_was_changed_is_not_believed(
+        self, pccs: FakePccs, tmp_path: Path, authority: CollateralAuthority, evil: CollateralAuthority, clocks: Clocks
+    ) -> None:
+        path = tmp_path / "cache.db"
+        async with open_cache(pccs, path, authority.trust_root, clocks) as cache:
+            good = await get(cache)
+        forged = evil.collateral(TDX_FAMILY)
+        connection = apsw.Connection(str(path))
+        body = f'{{"tcbInfo":{forged["tcb_info"]},"signature":"{forged["tcb_info_signature"]}"}}'
+        connection.execute("UPDATE answers SET body = ? WHERE kind = 'tcb-info'", (body.encode(),))
+        connection.execute("UPDATE answers SET body = x'30' WHERE kind = 'root-crl'")
+        connection.close()
+        async with open_cache(pccs, path, authority.trust_root, clocks) as cache:
+            assert (await get(cache)).digest == good.digest
+        assert len(pccs.requests) == 6, "the two were fetched again"
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "UPDATE answers SET fetched_at = 9223372036854775807",
+            "UPDATE answers SET fetched_at = 253402300799000",
+            "UPDATE answers SET fetched_at = -62135596800000",
+            "UPDATE answers SET kind = 'other'",
+            "UPDATE answers SET tee = 'sgx' WHERE kind = 'tcb-info'",
+            "UPDATE answers SET fmspc = x'00' WHERE kind = 'tcb-info'",
+            "UPDATE answers SET chain_header = NULL",
+            "UPDATE answers SET chain_header = '%'",
+            "UPDATE answers SET url = 'http://[' || kind",
+            "DELETE FROM answers",
+        ],
+    )
+    async def test_whatever_the_file_says_the_cache_opens_and_serves(
+        self, pccs: FakePccs, tmp_path: Path, authority: CollateralAuthority, clocks: Clocks, change: str
+    ) -> None:
+        path = tmp_path / "cache.db"
+        async with open_cache(pccs, path, authority.trust_root, clocks) as cache:
+            good = await get(cache)
+        connection = apsw.Connection(str(path))
+        connection.execute(change)
+        connection.close()
+        async with open_cache(pccs, path, authority.trust_root, clocks) as cache:
+            assert (await get(cache)).digest == good.digest
+
+    async def test_one_familys_answer_under_another_familys_url_is_not_served(
+        self, pccs: FakePccs, tmp_path: Path, authority: CollateralAuthority, clocks: Clocks
+    ) -> None:
+        other = Family.of("90c06f000000", "platform", "tdx")
+        pccs.serve(other, authority.collateral(other))
+        pccs.serve(TDX_FAMILY, authority.collateral(TDX_FAMILY))
+        path = tmp_path / "cache.db"
+        async with open_cache(pccs, path, authority.trust_root, clocks) as cache:
+            await cache.get(other.fmspc, other.ca, other.tee)
+        connection = apsw.Connection(str(path))
+        ours, theirs = pccs.server.tcb_info(TDX_FAMILY).url, pccs.server.tcb_info(other).url
+        connection.execute("UPDATE answers SET url = ? WHERE url = ?", (ours, theirs))
+        connection.close()
+        async with open_cache(pccs, path, authority.trust_root, clocks) as cache:
+            info = json.loads((await get(cache)).tcb_info)
+        assert info["fmspc"] == "B0C06F000000"

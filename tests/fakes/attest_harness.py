@@ -38,7 +38,9 @@ from cloister.runtime.endpoints import read_endpoints
 from cloister.secret import SecretBytes
 from cloister.tdx import workload
 from cloister.tdx.collateral import Collateral
-from cloister.tdx.quote import TdBody
+from cloister.tdx.pckchain import load_pck_chain
+from cloister.tdx.pckextension import PckExtension
+from cloister.tdx.quote import Quote, TdBody
 from cloister.tdx.trustroot import TrustRoot
 from cloister.tdx.workload import BackendClaim, DatasetClaim, RankClaim
 from cloister_attest.appraise import AppraisalPolicy
@@ -164,6 +166,19 @@ class LocalAttest:
     @property
     def root(self) -> TrustRoot:
         return TrustRoot.from_pem(self.platform.root_pem, simulated=True)
+
+    @property
+    def platform_fmspc(self) -> bytes:
+        return self._pck.fmspc
+
+    @property
+    def platform_piid(self) -> bytes:
+        return self._pck.platform_instance_id
+
+    @property
+    def _pck(self) -> PckExtension:
+        quote = Quote.parse(self.platform.launch(IMAGE).quote(bytes(64)))
+        return load_pck_chain(quote.signature.pck_chain_pem, roots=[self.root]).pck
 
     def td(
         self,

@@ -15,6 +15,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+import cloister
 from cloister.api.common.v1 import evidence_pb2
 from cloister.appraisal.checklist import Checklist, EvidenceRefused
 from cloister.appraisal.policy import parse_td_policy
@@ -27,6 +28,7 @@ from cloister.tdx.trustroot import TrustRoot
 from cloister.tlv import sha384
 
 FORMAT: Final = "cloister-verdict-1"
+VERIFIER_ID: Final = f"cloister-attest/{cloister.__version__}"
 MAX_BUNDLE_SIZE: Final = MAX_COLLATERAL_SIZE + 4 * 1024 * 1024  # bytes; real ones have 60 KB
 _MAX_CHECKS: Final = 256
 _MAX_REFERENCES: Final = 64
@@ -163,8 +165,8 @@ def collateral_digest(collateral: Collateral) -> bytes:
     return sha384(collateral.to_json())
 
 
-async def replay(bundle: VerdictBundle, *, verifier_id: str) -> Replayed:
-    """Make a verdict again from its bundle; `verifier_id` is what this verifier calls itself.
+async def replay(bundle: VerdictBundle, *, verifier_id: str = VERIFIER_ID) -> Replayed:
+    """Make a verdict again from its bundle, at the bundle's time; `verifier_id` is what this verifier calls itself.
 
     Raises CloisterError when policy, reference sets or root of the bundle are not such. Under another version of the
     verifier only outcome and reason must agree: later versions may word checks differently, or make more of them.

@@ -32,7 +32,7 @@ from cloister.guest.evidence import (
     Trail,
     VerifiedEvidence,
 )
-from cloister.guest.verdictbundle import collateral_digest
+from cloister.guest.verdictbundle import VERIFIER_ID, collateral_digest
 from cloister.identity import Role, SpiffeId
 from cloister.protocol import NONCE_SIZE, combined_nonce
 from cloister.runtime.logging import get_logger
@@ -42,7 +42,7 @@ from cloister_attest.authority import Authority, Issued
 from cloister_attest.nonces import Nonces
 from cloister_attest.registry import Registry
 from cloister_attest.requests import RequestedKey, read_request
-from cloister_attest.results import VERIFIER_ID, Course, references_digest, tee_claims, workload_claims
+from cloister_attest.results import Course, references_digest, tee_claims, workload_claims
 from cloister_attest.verdicts import Grounds, Verdict, Verdicts
 
 

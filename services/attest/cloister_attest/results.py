@@ -6,9 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
 
-import cloister
 from cloister import ear
 from cloister.api.common.v1 import evidence_pb2
 from cloister.appraisal.judge import issued_at
@@ -16,6 +14,7 @@ from cloister.appraisal.references import ReferenceSet
 from cloister.errors import CloisterError
 from cloister.guest.evidence import EvidenceVerifier, Expected, Trail, VerifiedEvidence
 from cloister.guest.verdictbundle import (
+    VERIFIER_ID,
     RecordedCheck,
     RecordedError,
     RecordedEvidence,
@@ -28,8 +27,6 @@ from cloister.tdx.check import Check
 from cloister.tdx.collateral import Collateral
 from cloister.tlv import sha384, tlv
 from cloister_attest.verdicts import Grounds
-
-VERIFIER_ID: Final = f"cloister-attest/{cloister.__version__}"
 
 
 def td_policy_digest(verifier: EvidenceVerifier) -> bytes:

@@ -73,6 +73,17 @@ def test_outstanding_nonces_are_bounded_and_expired_ones_make_room() -> None:
     assert nonces.give(role="rank", now=NOW + timedelta(seconds=60))
 
 
+async def test_a_restart_is_a_new_epoch_in_which_no_nonce_of_before_counts() -> None:
+    # Why nonces are kept in memory only: they need not outlive the process that gave them.
+    with local_attest() as before, local_attest() as after:
+        assert before.authority.epoch != after.authority.epoch
+        request = await before.request(before.td(Role.TRAINER))
+        with pytest.raises(CloisterError) as caught:
+            await after.enrolment.attest(request)
+        assert code_of(caught) is Code.NONCE_UNKNOWN
+        await before.enrolment.attest(request)
+
+
 # rate limit
 
 

@@ -5,28 +5,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from datetime import timedelta
 from pathlib import Path
 
 import apsw
 import pytest
 
 from cloister.collateral.cache import CollateralCache
+from cloister.collateral.client import CollateralClient
 from cloister.collateral.family import Family
-from cloister.collateral.resources import DocumentKind
+from cloister.collateral.store import CollateralStore
 from cloister.tdx.collateral import Collateral
 from fakes.collateral_authority import TDX_FAMILY, CollateralAuthority
-from fakes.collateral_harness import Clocks, open_cache
+from fakes.collateral_harness import LIMITS, Clocks, open_cache
 from fakes.fake_pccs import FakePccs
-
-DAY = timedelta(days=1)
-TCB, QE, PCK, ROOT = (
-    DocumentKind.TCB_INFO,
-    DocumentKind.QE_IDENTITY,
-    DocumentKind.PCK_CRL,
-    DocumentKind.ROOT_CRL,
-)
-Nine = dict[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +41,6 @@ async def pccs(authority: CollateralAuthority) -> AsyncIterator[FakePccs]:
 @pytest.fixture
 def clocks() -> Clocks:
     return Clocks()
-
-
-@pytest.fixture
-async def cache(
-    pccs: FakePccs, tmp_path: Path, authority: CollateralAuthority, clocks: Clocks
-) -> AsyncIterator[CollateralCache]:
-    async with open_cache(pccs, tmp_path / "cache.db", authority.trust_root, clocks) as opened:
-        yield opened
 
 
 async def get(cache: CollateralCache) -> Collateral:
@@ -124,3 +107,20 @@ class TestCacheFile:
         async with open_cache(pccs, path, authority.trust_root, clocks) as cache:
             info = json.loads((await get(cache)).tcb_info)
         assert info["fmspc"] == "B0C06F000000"
+
+    async def test_a_full_disk_costs_the_memory_after_a_restart_and_nothing_else(
+        self, pccs: FakePccs, tmp_path: Path, authority: CollateralAuthority, clocks: Clocks
+    ) -> None:
+        path = tmp_path / "cache.db"
+        store = CollateralStore.open(path, root_fingerprint=authority.trust_root.fingerprint)
+        database = store._database
+        pages = database.read_sync(lambda connection: connection.pragma("page_count"))
+        # SQLite answers SQLITE_FULL beyond it.
+        database.read_sync(lambda connection: connection.pragma("max_page_count", pages))
+        async with CollateralClient(pccs.server, limits=LIMITS) as client:
+            cache = CollateralCache(client, store, root=authority.trust_root, rhythm=clocks.rhythm)
+            good = await get(cache)
+            assert await get(cache) is good
+            await cache.aclose()
+        async with open_cache(pccs, path, authority.trust_root, clocks) as cache:
+            assert (await get(cache)).digest == good.digest

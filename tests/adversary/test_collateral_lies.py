@@ -228,6 +228,15 @@ def _with(good: Nine, other: Nine, *names: str) -> Nine:
     return {**good, **{name: other[name] for name in names}}
 
 
+def _first(chain: str) -> str:
+    return chain[: chain.index(END) + len(END)]
+
+
+def _last(chain: str) -> str:
+    return chain[chain.index(END) + len(END) :]
+
+
+END = "-----END CERTIFICATE-----\n"
 TCB_PARTS = ("tcb_info", "tcb_info_signature", "tcb_info_issuer_chain")
 QE_PARTS = ("qe_identity", "qe_identity_signature", "qe_identity_issuer_chain")
 PCK_PARTS = ("pck_crl", "pck_crl_issuer_chain")
@@ -254,9 +263,20 @@ FORGERIES: dict[str, Forge] = {
     },
     "an issuer chain without its root": lambda a, e, good: {
         **good,
-        "tcb_info_issuer_chain": good["tcb_info_issuer_chain"].split("-----END CERTIFICATE-----\n")[0]
-        + "-----END CERTIFICATE-----\n",
+        "tcb_info_issuer_chain": _first(good["tcb_info_issuer_chain"]),
     },
+    "another root's signer over this root": lambda a, e, good: {
+        **good,
+        "tcb_info_signature": e.sign(good["tcb_info"]),
+        "tcb_info_issuer_chain": _first(e.collateral(TDX_FAMILY)["tcb_info_issuer_chain"])
+        + _last(good["tcb_info_issuer_chain"]),
+    },
+    "this root's signer over another root": lambda a, e, good: {
+        **good,
+        "tcb_info_issuer_chain": _first(good["tcb_info_issuer_chain"])
+        + _last(e.collateral(TDX_FAMILY)["tcb_info_issuer_chain"]),
+    },
+    "a signer that the root certified for platforms": lambda a, e, good: a.impostor(good, "Intel SGX PCK Certificate"),
     "one changed byte": lambda a, e, good: {**good, "tcb_info": good["tcb_info"].replace('"svn":5', '"svn":4', 1)},
     "one more space": lambda a, e, good: {**good, "qe_identity": good["qe_identity"].replace(",", ", ", 1)},
     "TCB info about another platform": lambda a, e, good: _with(
@@ -305,6 +325,19 @@ class TestDocuments:
             await get(cache)
         assert caught.value.code is Code.COLLATERAL_EXPIRED
         assert "clock" in caught.value.todo
+
+    async def test_the_last_second_counts_of_what_is_served_and_the_next_does_not(
+        self, cache: CollateralCache, authority: CollateralAuthority, pccs: FakePccs, clocks: Clocks
+    ) -> None:
+        ends_now = Wish(issued=NOW - 30 * DAY)
+        pccs.serve(TDX_FAMILY, authority.collateral(TDX_FAMILY, ends_now))
+        await get(cache)
+        await cache.reset(TDX_FAMILY)
+        clocks.advance(timedelta(seconds=1))
+        with pytest.raises(CloisterError) as caught:
+            await get(cache)
+        assert caught.value.code is Code.COLLATERAL_EXPIRED
+        assert "that is served expired" in caught.value.why
 
     @pytest.mark.parametrize("wish", [Wish(issued=NOW + DAY), Wish(crl_issued=NOW + DAY)])
     async def test_collateral_from_the_future_is_refused(

@@ -83,6 +83,15 @@ class CollateralAuthority:
         r, s = decode_dss_signature(self._keys[name].sign(text.encode(), ec.ECDSA(SHA256())))
         return f"{r:064x}{s:064x}"
 
+    def impostor(self, nine: dict[str, str], common_name: str) -> dict[str, str]:
+        """Return the collateral with TCB info of a signer that the root certified for something else."""
+        signer = self._issue(common_name, self.root)
+        return {
+            **nine,
+            "tcb_info_signature": self.sign(nine["tcb_info"], common_name),
+            "tcb_info_issuer_chain": _pem(signer, self.root),
+        }
+
     def crl(self, issuer: x509.Certificate, wish: Wish, revoked: Sequence[x509.Certificate] = ()) -> bytes:
         key = self._keys[_common_name(issuer)]
         builder = (

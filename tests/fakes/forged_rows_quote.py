@@ -155,6 +155,7 @@ CHAIN: Final = [
     Case("P3", "signed by a stranger", _as_is, {"leaf": replace(LEAF, signed_by="stranger")}),
     Case("P4", "CA that is none", _as_is, {"ca": CA.changed(BASIC_CONSTRAINTS, der.sequence())}),
     Case("P4", "CA that may not sign certificates", _as_is, {"ca": CA.changed(KEY_USAGE, MAY_SIGN)}),
+    Case("P4", "CA that may not sign lists", _as_is, {"ca": CA.changed(KEY_USAGE, bytes.fromhex("03020204"))}),
     Case("P4", "leaf that is a CA", _as_is, {"leaf": LEAF.changed(BASIC_CONSTRAINTS, ca_constraints(None))}),
     Case("P4", "leaf that signs certificates", _as_is, {"leaf": LEAF.changed(KEY_USAGE, MAY_ISSUE)}),
     Case("P5", "leaf of another name", _as_is, {"leaf": replace(LEAF, name="Intel SGX TCB Signing")}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -165,7 +165,7 @@ class TestTime:
         pccs: FakePccs,
         clocks: Clocks,
         wish: Wish,
-        end: object,
+        end: datetime,
     ) -> None:
         pccs.serve(TDX_FAMILY, authority.collateral(TDX_FAMILY, wish))
         await get(cache)
@@ -203,6 +203,16 @@ class TestTime:
         assert len(pccs.requests) == 8
         assert (await get(cache)).tcb_info != first.tcb_info
         assert len(pccs.requests) == 8
+
+    async def test_it_keeps_itself_fresh(self, cache: CollateralCache, pccs: FakePccs, clocks: Clocks) -> None:
+        await get(cache)
+        clocks.advance(20 * DAY)
+        pccs.asked.clear()
+        running = asyncio.create_task(cache.run())
+        await asyncio.wait_for(pccs.asked.wait(), 5)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
 
     async def test_a_refresh_that_fails_is_tried_again_later_and_later(
         self, cache: CollateralCache, pccs: FakePccs, clocks: Clocks

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from fakes.collateral_harness import Clocks, open_cache
 from fakes.fake_pccs import FakePccs
 
 DAY = timedelta(days=1)
-Change = Callable[[dict[str, Any]], object]
 EARLY = Family(TDX_FAMILY.fmspc, TDX_FAMILY.ca, TDX_FAMILY.tee, Edition.EARLY)
 VECTORS = Path(os.environ.get("CLOISTER_TEST_VECTORS", Path(__file__).parents[3] / "shared" / "vectors")) / "tdx"
 REAL = sorted((VECTORS / "collateral").glob("*.json"))
@@ -38,13 +36,6 @@ needs_vectors = pytest.mark.skipif(not REAL, reason=f"no real collateral in {VEC
 @pytest.fixture(scope="module")
 def authority() -> CollateralAuthority:
     return CollateralAuthority()
-
-
-@pytest.fixture
-async def pccs(authority: CollateralAuthority) -> AsyncIterator[FakePccs]:
-    async with FakePccs() as server:
-        server.serve(TDX_FAMILY, authority.collateral(TDX_FAMILY))
-        yield server
 
 
 @pytest.fixture
@@ -105,6 +96,19 @@ class TestOffline:
             assert await number() == 21
         path.unlink()
         assert await number() == 21
+
+    async def test_it_warns_from_seven_days_before_the_end(
+        self, directory: Path, authority: CollateralAuthority
+    ) -> None:
+        directory.mkdir()
+        bundle_path(directory, TDX_FAMILY).write_bytes(bundle(authority).to_json())
+        clocks = Clocks()
+        source = OfflineCollateral(directory, root=authority.trust_root, clock=lambda: clocks.now)
+        for days, expiring in ((21, 0), (1, 4)):
+            clocks.advance(days * DAY)
+            await source.get(TDX_FAMILY.fmspc, "platform", "tdx")
+            found = source.watch.registry.get_sample_value("cloister_collateral_expiring_documents")
+            assert found == expiring
 
     async def test_a_file_under_another_familys_name_is_refused(
         self, directory: Path, authority: CollateralAuthority

@@ -13,7 +13,7 @@ The rules:
 8. CRLs come as DER, PEM or hexadecimal;
 9. bundles (bundle.py) do without a server.
 
-One cache is for one root. Use it in one event loop.
+One cache is for one root and one edition. Use it in one event loop.
 """
 
 from __future__ import annotations
@@ -209,7 +209,6 @@ class CollateralCache:
                 self._log.warning("stored collateral is damaged", url=resource.url, reason=reason)
                 continue
             self._admit(document, fetched_at)
-        self._withdraw_revoked()
 
     def _require_clock(self, now: datetime) -> None:
         """Refuse a clock that is behind something that was signed and seen: it would make old collateral valid."""
@@ -313,8 +312,8 @@ class CollateralCache:
     def _admit(self, document: Document, fetched_at: datetime, *, changed: bool = False) -> None:
         when = refresh_at(fetched_at, document.expires, self._rhythm.jitter())
         self._entries[document.resource.url] = _Entry(document, when, fetched_at)
-        if document.resource.kind is _ROOT_CRL:
-            self._withdraw_revoked()
+        # Also for other documents: the root's list may have changed while this one was written.
+        self._withdraw_revoked()
         self.watch.kept(document, changed=changed)
 
     def _withdraw_revoked(self) -> None:
@@ -322,6 +321,8 @@ class CollateralCache:
         if self._client.server.root_crl().url not in self._entries:
             return
         for entry in self._entries.values():
+            if entry.withdrawn:
+                continue
             try:
                 self._require_issuer(entry.document)
             except FetchFailed as failed:

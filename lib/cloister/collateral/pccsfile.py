@@ -44,6 +44,8 @@ def read_platform_collateral(data: bytes, *, fetched_at: datetime) -> list[Colla
     try:
         parts = json.loads(data.decode())["collaterals"]
         bundles = list(_bundles(parts, fetched_at))
+    except CloisterError as error:
+        raise _invalid(error.what) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FetchFailed) as error:
         why = error.reason if isinstance(error, FetchFailed) else "it is not of the shape of version 4"
         raise _invalid(why) from None

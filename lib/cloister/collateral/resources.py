@@ -57,6 +57,11 @@ class Resource:
     ca: PckCa | None = None  # of a PCK CRL
     evaluation_number: int | None = None  # TCB info or QE identity of exactly this evaluation
 
+    @property
+    def edition(self) -> str:
+        """What was asked for of TCB info and QE identity: "standard", "early" or an evaluation number; else empty."""
+        return self.url.rpartition("=")[2] if self.tee is not None else ""
+
 
 @dataclass(frozen=True, slots=True)
 class CollateralServer:

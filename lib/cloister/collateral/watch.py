@@ -15,7 +15,7 @@ from cloister.collateral.resources import Resource
 from cloister.collateral.schedule import WARNING
 from cloister.runtime.logging import get_logger
 
-_LABELS: Final = ("document", "tee", "fmspc", "ca")
+_LABELS: Final = ("document", "tee", "fmspc", "ca", "edition")
 _REMIND: Final = timedelta(days=1)  # between two lines about one document
 
 
@@ -96,6 +96,6 @@ class CollateralWatch:
                 )
 
 
-def _labels(resource: Resource) -> tuple[str, str, str, str]:
+def _labels(resource: Resource) -> tuple[str, ...]:
     fmspc = "" if resource.fmspc is None else resource.fmspc.hex()
-    return str(resource.kind), resource.tee or "", fmspc, resource.ca or ""
+    return str(resource.kind), resource.tee or "", fmspc, resource.ca or "", resource.edition

@@ -185,10 +185,10 @@ def _constraints(certificate: Certificate) -> tuple[x509.BasicConstraints, x509.
 
 
 def require_issuer(certificate: Certificate, *, depth: int) -> None:
-    """Require a CA with room for `depth` CAs below it (P4)."""
+    """Require a CA for certificates and revocation lists, with room for `depth` CAs below it (P4)."""
     constraints, usage = _constraints(certificate)
-    if not constraints.ca or not usage.key_cert_sign:
-        _reject("P4", f"the {certificate.what} certificate may not issue certificates")
+    if not constraints.ca or not usage.key_cert_sign or not usage.crl_sign:
+        _reject("P4", f"the {certificate.what} certificate may not issue certificates and revocation lists")
     if constraints.path_length is not None and constraints.path_length < depth:
         _reject("P4", f"the {certificate.what} certificate has path length {constraints.path_length}, below {depth}")
 

@@ -45,6 +45,7 @@ from cloister.tdx.trustroot import TrustRoot
 from cloister.tdx.workload import BackendClaim, DatasetClaim, RankClaim
 from cloister_attest.appraise import AppraisalPolicy
 from cloister_attest.authority import Authority
+from cloister_attest.denylist import DenyList
 from cloister_attest.enrolment import Enrolment, Terms
 from cloister_attest.registry import MIGRATIONS, Registry
 from cloister_attest.results import td_policy_digest
@@ -138,6 +139,7 @@ class LocalAttest:
         self.database = Database.open(directory / "attest.sqlite", MIGRATIONS)
         self.registry = Registry(self.database)
         self.verdicts = Verdicts(self.database, limit=kept_verdicts, grounds_limit=kept_bundles)
+        self.denials = DenyList(self.database)
         self.source = PlatformCollateral(self.platform, self.clock)
         self.verifier = EvidenceVerifier(self.root, self.source, policy=policy, references=references)
         self.user_key = ec.generate_private_key(ec.SECP256R1())
@@ -150,6 +152,7 @@ class LocalAttest:
             users={hashlib.sha256(spki(self.user_key)).digest(): self.user_id},
             registry=self.registry,
             verdicts=self.verdicts,
+            denials=self.denials,
             terms=Terms(
                 svid=timedelta(hours=1),
                 result=timedelta(minutes=5),
@@ -316,7 +319,7 @@ class AttestProcess:
             f'[attest]\nbundle_file = "{self.bundle_file.name}"\n{options}'
             '[collateral]\nsource = "offline:platform/collateral"\n'
             f'[[trust_roots]]\npath = "platform/root.pem"\nsimulated = true\n{services}'
-            f'[[users]]\nspiffe_id = "{self.user_id}"\nspki_sha256 = "{fingerprint}"\n'
+            f'[[users]]\nspiffe_id = "{self.user_id}"\nspki_sha256 = "{fingerprint}"\noperator = true\n'
         )
 
     async def start_platform(self) -> None:

@@ -18,9 +18,9 @@ from cloister.api.attest.v1 import attest_pb2, attest_pb2_grpc
 from cloister.errors import CloisterError, Code
 from cloister.guest.verdictbundle import VerdictBundle, replay
 from cloister.identity import Role
-from cloister.runtime.channel import invoke, open_channel
-from cloister.runtime.credentials import CredentialSource
-from fakes.attest_harness import TRUST_DOMAIN, AttestProcess, attest_process
+from cloister.runtime.channel import invoke, open_channel, open_enrolment_channel
+from cloister.runtime.credentials import CredentialSource, StaticCredentials
+from fakes.attest_harness import SCRIPT, TRUST_DOMAIN, AttestProcess, attest_process, csr, user_material
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -92,6 +92,31 @@ async def test_a_verdict_of_a_running_attest_is_made_again_offline(attest: Attes
     code, document = await run()
     assert code != 0
     assert document["same"] is False
+
+
+async def test_an_operator_revokes_and_readmits(attest: AttestProcess) -> None:
+    async with open_enrolment_channel(attest.endpoints["enrolment"], bundle=attest.bundle) as channel:
+        method = attest_pb2_grpc.EnrolmentServiceStub(channel).IssueUserCertificate
+        request = attest_pb2.IssueUserCertificateRequest(csr_der=csr(attest.user_key))
+        issued = await invoke(method, request, timeout_s=10, what="get a certificate")
+    operator = StaticCredentials(user_material(attest.user_key, issued.certificate_chain_pem, attest.bundle))
+    denied = {"kind": attest_pb2.DENIAL_KIND_MEASUREMENT, "value": SCRIPT.hex()}
+    trainer = await attest.service(Role.TRAINER)
+    async with open_channel(attest.endpoints["grpc"], role=Role.ATTEST, credentials=trainer) as channel:
+        stub = attest_pb2_grpc.IdentityServiceStub(channel)
+        with pytest.raises(CloisterError) as caught:
+            await invoke(stub.Deny, attest_pb2.DenyRequest(**denied), timeout_s=10, what="revoke")
+        assert caught.value.code is Code.CALLER_NOT_ALLOWED
+    async with open_channel(attest.endpoints["grpc"], role=Role.ATTEST, credentials=operator) as channel:
+        stub = attest_pb2_grpc.IdentityServiceStub(channel)
+        await invoke(stub.Deny, attest_pb2.DenyRequest(**denied), timeout_s=10, what="revoke")
+        with pytest.raises(CloisterError) as caught:
+            await trainer.refresh()
+        assert caught.value.code is Code.DENY_LISTED
+        answer = await invoke(stub.Readmit, attest_pb2.ReadmitRequest(**denied), timeout_s=10, what="readmit")
+        assert answer.was_denied
+    await trainer.refresh()
+    await trainer.aclose()
 
 
 async def test_a_bundle_that_is_not_there_is_not_found(attest: AttestProcess) -> None:

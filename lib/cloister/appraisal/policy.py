@@ -79,7 +79,7 @@ class TdPolicy:
 
 def parse_td_policy(data: bytes) -> TdPolicy:
     """Parse an appraisal policy (YAML, at most 64 KiB); raise CloisterError(POLICY_INVALID) for anything else."""
-    document = read_document(data, what="appraisal policy", manual="docs/attestation.md")
+    document = read_document(data, what="appraisal policy", manual="docs/appraisal.md")
     top = BlockReader(document, (), document.root)
     top.choice("apiVersion", (API_VERSION,))
     top.choice("kind", (KIND,))

@@ -34,7 +34,7 @@ REGISTERS: Final = (
 REGISTER_TEXT: Final = "96 hexadecimal digits in lower case"
 MAX_VERSION: Final = 2**31 - 1
 _KIND: Final = "ReferenceSet"
-_MANUAL: Final = "docs/attestation.md"
+_MANUAL: Final = "docs/appraisal.md"
 
 
 @dataclass(frozen=True, slots=True)

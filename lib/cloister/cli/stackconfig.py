@@ -75,7 +75,7 @@ def attest_config(places: Places, options: StackOptions, *, digests: Mapping[str
         {
             "trust_roots": [{"path": str(state.platform / "root.pem"), "simulated": True}],
             "services": [{"role": service, "script": [digests[service]]} for service in PACKAGES],
-            "users": [{"spiffe_id": options.user_id, "spki_sha256": user_spki_sha256}],
+            "users": [{"spiffe_id": options.user_id, "spki_sha256": user_spki_sha256, "operator": True}],
         },
     )
 

@@ -37,7 +37,9 @@ from cloister_attest.appraise import AppraisalPolicy
 from cloister_attest.authority import Authority
 from cloister_attest.collateral import open_collateral
 from cloister_attest.config import AttestConfig
+from cloister_attest.denylist import DenyList
 from cloister_attest.enrolment import Enrolment, Terms
+from cloister_attest.identities import IdentityServicer, identity_services
 from cloister_attest.jwks import JwksServer
 from cloister_attest.ratelimit import RateLimit
 from cloister_attest.registry import MIGRATIONS, Registry
@@ -102,6 +104,8 @@ async def _serve(
     registry = Registry(database)
     verdicts = Verdicts(database, limit=config.attest.kept_verdicts, grounds_limit=config.attest.kept_bundles)
     await verdicts.sweep()
+    denials = DenyList(database)
+    operators = [entry.spiffe_id for entry in config.users if entry.operator]
     enrolment = Enrolment(
         authority=authority,
         policy=_policy(config, authority, verifier),
@@ -109,6 +113,7 @@ async def _serve(
         users=_users(config),
         registry=registry,
         verdicts=verdicts,
+        denials=denials,
         terms=_terms(config),
         clock=utc_now,
     )
@@ -123,12 +128,18 @@ async def _serve(
     identity = await Identity.enrol_through(enrolment, guest, bundle=authority.bundle)
     identity.start_renewal()
 
+    identities = IdentityServicer(denials, operators, own_facts=lambda: enrolment.own_facts, clock=utc_now)
+
     health = HealthState()
     rate_limit = RateLimit(per_s=config.attest.calls_per_s, burst=config.attest.calls_burst, clock_s=time.monotonic)
     server = GrpcServer(
         section=config.service,
         credentials=identity,
-        services=[*services(registry, verdicts), mounted_evidence(identity)],
+        services=[
+            *services(registry, verdicts),
+            *identity_services(identities),
+            mounted_evidence(identity),
+        ],
         callers=CALLERS,
         health=health,
         metrics=metrics,

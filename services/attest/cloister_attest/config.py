@@ -109,6 +109,7 @@ class UserEntry(ConfigModel):
 
     spiffe_id: Annotated[str, AfterValidator(_user_id)]
     spki_sha256: Digest256
+    operator: bool = False  # may see and change the deny-list
 
 
 class AttestConfig(ConfigModel):

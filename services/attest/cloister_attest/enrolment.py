@@ -5,7 +5,7 @@
 2. evidence: authentic, addressed to us, over this nonce, of a platform and TD that the policy accepts
    (cloister.guest.evidence)
 3. certificate request: signed by the very TLS key of the quote
-4. appraisal (appraise.py): welcome, and who
+4. appraisal (appraise.py): welcome, and who; not on the deny-list
 5. certificate and attestation result, bound to each other
 
 Attest enrols itself through the same steps: there is no other way to a certificate.
@@ -39,6 +39,7 @@ from cloister.runtime.logging import get_logger
 from cloister.tlv import sha384
 from cloister_attest.appraise import AppraisalPolicy, appraise
 from cloister_attest.authority import Authority, Issued
+from cloister_attest.denylist import DenyList, Fact, facts_of
 from cloister_attest.nonces import Nonces
 from cloister_attest.registry import Registry
 from cloister_attest.requests import RequestedKey, read_request
@@ -68,6 +69,7 @@ class Enrolment:
         users: Mapping[bytes, SpiffeId],
         registry: Registry,
         verdicts: Verdicts,
+        denials: DenyList,
         terms: Terms,
         clock: Callable[[], datetime],
     ) -> None:
@@ -78,10 +80,17 @@ class Enrolment:
         self._users = dict(users)
         self._registry = registry
         self._verdicts = verdicts
+        self._denials = denials
         self._terms = terms
         self._clock = clock
         self._nonces = Nonces(terms.nonce)
+        self._own_facts: frozenset[Fact] = frozenset()
         self._self_id = SpiffeId.service(policy.trust_domain, Role.ATTEST)
+
+    @property
+    def own_facts(self) -> frozenset[Fact]:
+        """What could be denied about attest itself, once it has enrolled."""
+        return self._own_facts
 
     def trust_bundle(self) -> bytes:
         """Return the trust bundle of this CA epoch, canonical JSON."""
@@ -115,6 +124,7 @@ class Enrolment:
             requested = read_request(request.csr_der, checklist)  # 3
             checklist.require_equal("csr.key", Code.CSR_INVALID, wanted=evidence.tls_spki_der, got=requested.spki_der)
             who = await self._appraise(evidence, checklist)  # 4
+            await self._require_not_denied(who, checklist, evidence)
         except EvidenceRefused as refusal:
             await self._record(claimed, checklist, None, now=now, course=course, evidence=request.evidence)
             self._log_refusal(claimed, refusal)
@@ -134,6 +144,7 @@ class Enrolment:
             if user is None:
                 checklist.refuse("user.registered", code, wanted=wanted, got=fingerprint.hex())
             checklist.require("user.registered", True, code, wanted=wanted, got=fingerprint.hex())
+            await self._require_not_denied(user, checklist)
         except EvidenceRefused as refusal:
             await self._record(Role.USER, checklist, None, now=now)
             self._log_refusal(Role.USER, refusal)
@@ -186,6 +197,16 @@ class Enrolment:
         job = await self._registry.job(rank.job) if rank else None
         backend = await self._registry.backend(place.tenant, place.model, place.backend) if place else None
         return appraise(evidence, policy=self._policy, job=job, backend=backend, checklist=checklist)
+
+    async def _require_not_denied(
+        self, who: SpiffeId, checklist: Checklist, evidence: VerifiedEvidence | None = None
+    ) -> None:
+        denial = await self._denials.first(facts_of(who, evidence))
+        got = "not on it" if denial is None else f"{denial.kind} {denial.value}"
+        wanted = "nothing that is on the deny-list"
+        checklist.require("not-denied", denial is None, Code.DENY_LISTED, wanted=wanted, got=got)
+        if who == self._self_id:
+            self._own_facts = frozenset(facts_of(who, evidence))
 
     async def _issue(
         self,

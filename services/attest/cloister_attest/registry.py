@@ -63,6 +63,16 @@ MIGRATIONS: Final = (
     ) STRICT;
     CREATE INDEX grounds_by_outcome ON grounds (accepted, number);
     """,
+    """
+    CREATE TABLE denials (
+        kind TEXT NOT NULL,
+        value TEXT NOT NULL,
+        reason TEXT NOT NULL,
+        operator TEXT NOT NULL,
+        time_unix_ms INTEGER NOT NULL,
+        PRIMARY KEY (kind, value)
+    ) STRICT;
+    """,
 )
 
 

@@ -15,6 +15,7 @@ from cloister.runtime.guard import CallerTable
 from cloister.runtime.server import Mounted
 from cloister.tdx.workload import MAX_WORLD_SIZE
 from cloister_attest.enrolment import Enrolment
+from cloister_attest.identities import IDENTITY_CALLERS
 from cloister_attest.ratelimit import RateLimit
 from cloister_attest.registry import Registry
 from cloister_attest.verdicts import Verdict, Verdicts
@@ -35,6 +36,7 @@ CALLERS: Final[CallerTable] = {
     f"/{_PACKAGE}.RegistryService/CloseBackend": frozenset({Role.GATEWAY}),
     f"/{_PACKAGE}.VerdictService/ListVerdicts": _SERVICES | {Role.USER},
     f"/{_PACKAGE}.VerdictService/GetVerdictBundle": _SERVICES | {Role.USER},
+    **IDENTITY_CALLERS,
     **EVIDENCE_CALLERS,
 }
 

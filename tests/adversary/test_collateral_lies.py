@@ -146,6 +146,14 @@ class TestAnswers:
         assert kind.chain_header is not None
         assert kind.chain_header in caught.value.why
 
+    @pytest.mark.parametrize("kind", [TCB, QE, PCK])
+    async def test_an_answer_with_two_issuer_chains_is_refused(
+        self, cache: CollateralCache, pccs: FakePccs, kind: DocumentKind
+    ) -> None:
+        pccs.lie(kind, lies.twice(kind.chain_header or ""))
+        with pytest.raises(CloisterError, match="no collateral"):
+            await get(cache)
+
     async def test_a_drip_ends_at_the_deadline(self, pccs: FakePccs) -> None:
         pccs.lie(TCB, lies.drip(0.02))
         limits = ClientLimits(total_s=0.3)
@@ -163,12 +171,16 @@ class TestAnswers:
                 await client.fetch(pccs.server.pck_crl(TDX_FAMILY))
         assert caught.value.failure is Failure.TOO_LARGE
 
-    async def test_a_redirect_makes_no_second_request(self, pccs: FakePccs, cache: CollateralCache) -> None:
-        async with FakePccs() as other:
-            pccs.lie(ROOT, lies.redirect(other.server.root_crl_url))
-            with pytest.raises(CloisterError):
-                await get(cache)
-            assert other.requests == []
+    @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+    async def test_a_redirect_makes_no_second_request_not_even_to_the_same_server(
+        self, pccs: FakePccs, status: int
+    ) -> None:
+        pccs.lie(ROOT, lies.redirect(f"{pccs.server.base_url}/elsewhere", status))
+        async with CollateralClient(pccs.server, limits=LIMITS) as client:
+            with pytest.raises(FetchFailed) as caught:
+                await client.fetch(pccs.server.root_crl())
+        assert caught.value.failure is Failure.REDIRECTED
+        assert pccs.requests == ["/sgx/certification/v4/rootcacrl"]
 
     async def test_a_server_under_another_ca_is_refused(self, pccs: FakePccs) -> None:
         async with FakePccs() as other:

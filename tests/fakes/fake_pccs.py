@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from multidict import CIMultiDict
 
 from cloister.collateral.family import Family
 from cloister.collateral.resources import CollateralServer, DocumentKind
@@ -146,7 +147,7 @@ class FakePccs:
         kind = _PATHS.get(request.path)
         if kind in self._lies:
             reply = self._lies[kind](reply)
-        response = web.StreamResponse(status=reply.status, headers=dict(reply.headers))
+        response = web.StreamResponse(status=reply.status, headers=reply.headers)
         if not reply.endless and not reply.drip_s:
             response.content_length = len(reply.body)
         await response.prepare(request)
@@ -227,6 +228,11 @@ class lies:  # a namespace, so that tests read `lies.status(404)`
         return change
 
     @staticmethod
+    def twice(name: str) -> Lie:
+        """Send a header twice."""
+        return lambda reply: replace(reply, headers=CIMultiDict([*reply.headers.items(), (name, reply.headers[name])]))
+
+    @staticmethod
     def drip(seconds: float) -> Lie:
         return lambda reply: replace(reply, drip_s=seconds)
 
@@ -240,8 +246,8 @@ class lies:  # a namespace, so that tests read `lies.status(404)`
         return lambda reply: replace(reply, headers={**reply.headers, "Content-Length": str(size)}, endless=True)
 
     @staticmethod
-    def redirect(url: str) -> Lie:
-        return lambda _: Reply(302, {"Location": url})
+    def redirect(url: str, status: int = 302) -> Lie:
+        return lambda _: Reply(status, {"Location": url})
 
     @staticmethod
     def body(change: Callable[[bytes], bytes]) -> Lie:

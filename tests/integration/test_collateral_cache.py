@@ -204,6 +204,26 @@ class TestTime:
         assert (await get(cache)).tcb_info != first.tcb_info
         assert len(pccs.requests) == 8
 
+    async def test_what_ends_while_another_document_is_fetched_is_not_served(
+        self, cache: CollateralCache, authority: CollateralAuthority, pccs: FakePccs, clocks: Clocks
+    ) -> None:
+        await get(cache)
+        other = Family.of("90c06f000000", "platform", "tdx")
+        pccs.serve(other, authority.collateral(other, Wish(life=100 * DAY, crl_life=100 * DAY)))
+        clocks.now = END - SECOND
+        clocks.jitter = 1.0
+        pccs.gate.clear()
+        pccs.asked.clear()
+        caller = asyncio.create_task(get(cache, other))
+        await pccs.asked.wait()
+        clocks.advance(2 * SECOND)
+        for kind in (DocumentKind.ROOT_CRL, DocumentKind.PCK_CRL, DocumentKind.QE_IDENTITY):
+            pccs.lie(kind, lies.status(500))
+        pccs.gate.set()
+        with pytest.raises(CloisterError) as caught:
+            await caller
+        assert caught.value.code is Code.COLLATERAL_EXPIRED
+
     async def test_it_keeps_itself_fresh(self, cache: CollateralCache, pccs: FakePccs, clocks: Clocks) -> None:
         await get(cache)
         clocks.advance(20 * DAY)

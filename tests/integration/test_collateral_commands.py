@@ -106,6 +106,25 @@ class TestFetch:
         assert caught.value.code is Code.COLLATERAL_INVALID
         assert outcome.path.read_bytes() == before
 
+    async def test_a_stale_server_is_named_as_the_cause(
+        self, pccs: FakePccs, directory: Path, authority: CollateralAuthority
+    ) -> None:
+        pccs.serve(TDX_FAMILY, authority.collateral(TDX_FAMILY, Wish(issued=NOW - 33 * DAY)))
+        with pytest.raises(CloisterError) as caught:
+            await run_fetch(pccs, directory, authority)
+        assert caught.value.code is Code.COLLATERAL_EXPIRED
+        assert "that is served expired" in caught.value.why
+        assert "refresh the PCCS" in caught.value.todo
+
+    async def test_a_revoked_signer_is_refused(
+        self, pccs: FakePccs, directory: Path, authority: CollateralAuthority
+    ) -> None:
+        pccs.serve(TDX_FAMILY, authority.collateral(TDX_FAMILY, revoked=[authority.signer]))
+        with pytest.raises(CloisterError) as caught:
+            await run_fetch(pccs, directory, authority)
+        assert caught.value.code is Code.COLLATERAL_INVALID
+        assert not bundle_path(directory, TDX_FAMILY).exists()
+
     async def test_older_collateral_is_taken_only_on_purpose(
         self, pccs: FakePccs, directory: Path, authority: CollateralAuthority
     ) -> None:
@@ -155,6 +174,18 @@ class TestImportAndExport:
         with pytest.raises(CloisterError) as caught:
             run_import(carried, tmp_path / "other", authority, now=NOW - 5 * DAY)
         assert caught.value.code is Code.COLLATERAL_NOT_YET_VALID
+
+    def test_a_bundle_of_a_revoked_signer_is_refused(
+        self, directory: Path, tmp_path: Path, authority: CollateralAuthority
+    ) -> None:
+        for certificate in (authority.signer, authority.cas[TDX_FAMILY.ca]):
+            nine = authority.collateral(TDX_FAMILY, revoked=[certificate])
+            carried = tmp_path / "carried.json"
+            carried.write_bytes(CollateralBundle(TDX_FAMILY, NOW, Collateral.of(nine)).to_json())
+            with pytest.raises(CloisterError) as caught:
+                run_import(carried, directory, authority)
+            assert caught.value.code is Code.COLLATERAL_INVALID
+            assert "revoked" in caught.value.why
 
     def test_two_roots_never_share_a_directory(
         self, directory: Path, tmp_path: Path, authority: CollateralAuthority

@@ -97,6 +97,16 @@ class TestOffline:
         path.unlink()
         assert await number() == 21
 
+    async def test_a_clock_that_is_behind_what_was_signed_is_refused(
+        self, directory: Path, authority: CollateralAuthority
+    ) -> None:
+        directory.mkdir()
+        bundle_path(directory, TDX_FAMILY).write_bytes(bundle(authority).to_json())
+        source = OfflineCollateral(directory, root=authority.trust_root, clock=lambda: NOW - 2 * DAY)
+        with pytest.raises(CloisterError) as caught:
+            await source.get(TDX_FAMILY.fmspc, "platform", "tdx")
+        assert caught.value.code is Code.COLLATERAL_NOT_YET_VALID
+
     async def test_it_warns_from_seven_days_before_the_end(
         self, directory: Path, authority: CollateralAuthority
     ) -> None:

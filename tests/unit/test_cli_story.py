@@ -62,6 +62,13 @@ class TestPolicies:
     def test_simulated_evidence_passes_only_when_asked_for(self) -> None:
         assert parse_policy(draft(simulated=True).to_yaml().encode()).tee.simulated
 
+    def test_what_the_script_runs_on_is_pinned_when_it_is_named(self) -> None:
+        pins = {"environments": [DIGEST], "measurements": {"mr_td": [48 * "cd"], "rtmr2": [48 * "ef"]}}
+        policy = parse_policy(draft(**pins).to_yaml().encode())
+        assert policy.workload.environment == (bytes.fromhex(48 * "ab"),)
+        assert policy.measurements == {"mr_td": (bytes.fromhex(48 * "cd"),), "rtmr2": (bytes.fromhex(48 * "ef"),)}
+        assert parse_policy(draft().to_yaml().encode()).workload.environment is None
+
     def test_a_successor_names_the_policy_before(self) -> None:
         policy = parse_policy(draft(version=2, previous=DIGEST).to_yaml().encode())
         assert policy.previous == bytes.fromhex(48 * "ab")

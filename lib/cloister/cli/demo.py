@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from cloister.cli.launch import StackProcess
     from cloister.cli.session import Session
     from cloister.cli.state import StateDirectory
+    from cloister.guest.owner import VerifiedService
 
 MODEL: Final = "reviews"
 # In the words of the generated sample, which knows few others; also the kind of thing that ChnSentiCorp holds.
@@ -195,12 +196,14 @@ async def _keys_and_sealing(run: Run, session: Session, scratch: Path, *, data_u
     with run.timed("verifying the four services"):
         verified = await verify_services(session, SERVICES)
     run.say(f"verified here, before trusting them: {', '.join(verified)} ({_passed(verified)} checks)")
-    for uri, draft in _policies(session, data_uri, model_uri).items():
+    for uri, draft in _policies(session, data_uri, model_uri, image=verified["attest"]).items():
         text = draft.to_yaml()
         run.policies.append((uri, text))
         await create_key(session, uri, purposes=list(draft.purposes), policy_yaml=text.encode())
         run.say(f"key {uri}")
-        run.say(f"    for {' and '.join(draft.purposes)}, to {len(draft.scripts)} pinned script(s) only")
+        run.say(
+            f"    for {' and '.join(draft.purposes)}: {len(draft.scripts)} script(s), the environment and image pinned"
+        )
     with run.timed("sealing"):
         sealed = await seal_directory(
             session, data.directory, scratch / "sealed", key_uri=data_uri, dataset=MODEL, output=run.output
@@ -213,19 +216,32 @@ async def _keys_and_sealing(run: Run, session: Session, scratch: Path, *, data_u
     run.say(f"searched all {searched:,} bytes of the job's input: none of {len(texts):,} texts is in it")
 
 
-def _policies(session: Session, data_uri: str, model_uri: str) -> dict[str, Any]:
-    """Return the two policies: who may have the data, and who may write and read the model."""
-    from cloister.cli.measure import digest_of_file, handler_path, job_script_path
+def _policies(session: Session, data_uri: str, model_uri: str, *, image: VerifiedService) -> dict[str, Any]:
+    """Return the two policies: who may have the data, and who may write and read the model.
+
+    A script alone proves little, since what runs it could do anything: the policies pin this installation's
+    environment, and the image that was just verified under attest.
+    """
+    from cloister.cli.measure import digest_of_file, environment_digest, handler_path, job_script_path
     from cloister.cli.policyfile import PolicyDraft
 
     prefix = f"spiffe://{session.stack.trust_domain}/ns/{session.tenant}"
     ranks, backends = f"{prefix}/job/*/rank/*", f"{prefix}/model/{MODEL}/backend/*"
     job, handler = digest_of_file(job_script_path()), digest_of_file(handler_path())
-    owner, simulated = session.stack.user, session.stack.simulated
+    body = image.evidence.quote.quote.body
+    pinned: dict[str, Any] = {
+        "environments": (environment_digest(),),
+        "measurements": {
+            name: (value.hex(),)
+            for name, value in (("mr_td", body.mr_td), ("rtmr1", body.rtmrs[1]), ("rtmr2", body.rtmrs[2]))
+        },
+        "simulated": session.stack.simulated,
+    }
+    owner = session.stack.user
     return {
-        data_uri: PolicyDraft("demo-data", owner, data_uri, ("train",), (job,), (ranks,), simulated=simulated),
+        data_uri: PolicyDraft("demo-data", owner, data_uri, ("train",), (job,), (ranks,), **pinned),
         model_uri: PolicyDraft(
-            "demo-model", owner, model_uri, ("train", "serve"), (job, handler), (ranks, backends), simulated=simulated
+            "demo-model", owner, model_uri, ("train", "serve"), (job, handler), (ranks, backends), **pinned
         ),
     }
 

@@ -136,7 +136,7 @@ def draft_policy(
     state: State = None,
 ) -> None:
     """Print a strict policy for your own jobs and models to start from; needs no running broker."""
-    from cloister.cli.measure import digest_of_file, handler_path, job_script_path
+    from cloister.cli.measure import digest_of_file, environment_digest, handler_path, job_script_path
     from cloister.cli.policyfile import PolicyDraft
     from cloister.cli.state import read_stack
     from cloister.keyuri import KeyUri
@@ -154,6 +154,7 @@ def draft_policy(
         purposes=purposes,
         scripts=[digest_of_file(path) for path in (*scripts, *([handler_path()] if serves else []))],
         identities=globs + ([f"spiffe://{domain}/ns/{key.tenant}/model/*/backend/*"] if serves else []),
+        environments=[environment_digest()],
         simulated=simulated,
     )
     Output().stream({}, draft.to_yaml().rstrip("\n"))

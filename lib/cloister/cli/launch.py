@@ -47,6 +47,7 @@ class StackProcess:
         with (state.logs / "stack.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",  # nothing of the directory it is started in may stand in for a module
                 "-m",
                 "cloister.cli.stackd",
                 *arguments,

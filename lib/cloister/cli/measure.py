@@ -26,7 +26,8 @@ def measure(
 ) -> None:
     """Print the digest of a script as it stands in RTMR3 and in policies.
 
-    Without FILE: of the built-in job script, of the built-in handler, and of the services' packages.
+    Without FILE: of the built-in job script, of the built-in handler, of this installation's environment, and of the
+    services' packages.
     """
     output = Output(as_json=json)
     if file is not None:
@@ -38,6 +39,7 @@ def measure(
 
     output.item(
         {"job-script": digest_of_file(job_script_path()), "handler": digest_of_file(handler_path())}
+        | {"environment": environment_digest()}
         | {service: f"sha384:{digest_of_package(package).hex()}" for service, package in PACKAGES.items()}
     )
 
@@ -45,6 +47,13 @@ def measure(
 def digest_of_file(path: Path) -> str:
     """Return "sha384:<hex>" over a file's bytes."""
     return f"sha384:{hashlib.sha384(path.read_bytes()).hexdigest()}"
+
+
+def environment_digest() -> str:
+    """Return "sha384:<hex>" of this installation: what ranks and backends of the same release run on."""
+    from cloister.guest.measure import digest_of_environment
+
+    return f"sha384:{digest_of_environment().hex()}"
 
 
 def job_script_path() -> Path:

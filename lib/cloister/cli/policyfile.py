@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,9 @@ class PolicyDraft:
     purposes: Sequence[str]  # "train", "serve", "evaluate"
     scripts: Sequence[str]  # "sha384:<hex>" of every script that may hold the key
     identities: Sequence[str]  # globs over SPIFFE ids
+    measurements: Mapping[str, Sequence[str]] = field(default_factory=dict)  # "mr_td", "rtmr1", ...: hex of 48 bytes
+    # What scripts may run on: without these a script's digest proves little, since what runs it could do anything.
+    environments: Sequence[str] = ()  # "sha384:<hex>" over interpreter, packages and Cloister itself
     simulated: bool = False  # True: evidence of a simulated TD may pass
     version: int = 1
     previous: str = ""  # "sha384:<hex>" of the policy in force, empty for the first
@@ -36,8 +39,10 @@ class PolicyDraft:
                 f"  key: {{uri: {_text(self.key_uri)}, versions: {{min: 1}}, purposes: {_list(self.purposes)}}}",
                 "  when:",
                 f"    tee: {{type: tdx, debug: deny, simulated: {'allow' if self.simulated else 'deny'}}}",
+                *self._measurements(),
                 "    workload:",
                 f"      script: {_list(self.scripts)}",
+                *([f"      environment: {_list(self.environments)}"] if self.environments else []),
                 "      no_events_after: cloister.workload.sealed",
                 f"    identity: {{spiffe: {_list(self.identities)}}}",
                 "    evidence: {max_age: 5m, nonce: broker}",
@@ -45,6 +50,12 @@ class PolicyDraft:
                 "",
             ]
         )
+
+    def _measurements(self) -> list[str]:
+        if not self.measurements:
+            return []
+        registers = (f"      {name}: {_list(values)}" for name, values in self.measurements.items())
+        return ["    measurements:", *registers]
 
 
 def _text(value: str) -> str:

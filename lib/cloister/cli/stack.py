@@ -279,7 +279,7 @@ async def _both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, No
 
 
 def _python(module: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", module, *arguments]
+    return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def _environment() -> dict[str, str]:

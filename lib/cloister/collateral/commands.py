@@ -25,7 +25,6 @@ from cloister.collateral.bundle import (
 from cloister.collateral.client import ClientLimits, Clock, CollateralClient
 from cloister.collateral.documents import (
     Document,
-    require_not_revoked,
     require_valid,
     to_collateral,
     verify_document,
@@ -33,7 +32,7 @@ from cloister.collateral.documents import (
 from cloister.collateral.failures import FETCH_HINT, FetchFailed, not_available
 from cloister.collateral.family import Edition, Family, PckCa, Tee
 from cloister.collateral.pccsfile import is_platform_collateral, read_platform_collateral
-from cloister.collateral.resources import CollateralServer, DocumentKind, Resource
+from cloister.collateral.resources import CollateralServer, Resource
 from cloister.errors import CloisterError, Code
 from cloister.tdx.pckchain import load_pck_chain
 from cloister.tdx.quote import Quote, QuoteRejected, parse_quote
@@ -149,8 +148,6 @@ async def _document(
         answer = await client.fetch(resource)
         document = verify_document(resource, answer, root=root)
         require_valid(document, clock())
-        if resource.kind is not DocumentKind.ROOT_CRL:
-            require_not_revoked(document, fetched[client.server.root_crl().url])
         fetched[resource.url] = document
     return fetched[resource.url]
 

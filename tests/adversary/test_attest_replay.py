@@ -207,6 +207,15 @@ async def test_nothing_is_kept_of_what_is_not_of_a_genuine_platform(attest: Loca
     assert caught.value.code is Code.VERDICT_NOT_FOUND
 
 
+async def test_a_large_log_of_a_refusal_is_not_kept(attest: LocalAttest) -> None:
+    request = await attest.request(attest.td(Role.TRAINER))
+    request.evidence.event_log += b" " * 128 * 1024 + b"x"
+    with pytest.raises(CloisterError):
+        await attest.enrolment.attest(request)
+    verdict = (await attest.verdicts.newest(limit=1))[0]
+    assert (verdict.has_grounds, verdict.simulated) == (False, True)
+
+
 async def test_bundles_are_bounded_apart_and_share_collateral() -> None:
     with local_attest(kept_bundles=2) as attest:
         for _ in range(3):

@@ -9,7 +9,7 @@ outstanding, is the job registered) cannot be made again; they are carried as th
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
@@ -154,15 +154,15 @@ class Replayed:
         return not self.differences
 
 
-def collateral_strings(collateral: Collateral) -> dict[str, str]:
-    """Return the nine strings of verified collateral, revocation lists in hexadecimal."""
-    parts: dict[str, str] = json.loads(collateral.to_json())
-    return parts
+@functools.lru_cache(maxsize=16)
+def collateral_json(collateral: Collateral) -> bytes:
+    """Return verified collateral as JSON, revocation lists in hexadecimal: as a bundle holds it."""
+    return collateral.to_json()
 
 
 def collateral_digest(collateral: Collateral) -> bytes:
     """Return SHA-384 of the JSON form (48 bytes): the same whatever form the revocation lists came in."""
-    return sha384(collateral.to_json())
+    return sha384(collateral_json(collateral))
 
 
 async def replay(bundle: VerdictBundle, *, verifier_id: str = VERIFIER_ID) -> Replayed:

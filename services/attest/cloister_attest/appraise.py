@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is this acceptable workload welcome, and who is it? Pure: evidence, policy and registry entries in, identity out.
+"""Is this acceptable workload welcome, and who is it? Pure: workload, policy and registry entries in, identity out.
 
 What its platform and its TD must be was judged before, with the evidence (cloister.appraisal).
 1. it trusts this CA and no other: the trust bundle it measured is ours
@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cloister.appraisal.checklist import Checklist, short
 from cloister.errors import Code
-from cloister.guest.evidence import Checklist, VerifiedEvidence, short
 from cloister.identity import Role, SpiffeId
 from cloister.tdx.workload import BackendClaim, RankClaim, Workload
 from cloister.tlv import sha384, tlv
@@ -44,7 +44,7 @@ class AppraisalPolicy:
 
 
 def appraise(
-    evidence: VerifiedEvidence,
+    workload: Workload,
     *,
     policy: AppraisalPolicy,
     job: Job | None,
@@ -55,7 +55,6 @@ def appraise(
 
     `job` and `backend` are the registry's entries for the names in the workload's claims, or None.
     """
-    workload = evidence.workload
     checklist.require_equal(
         "workload.trust-bundle", Code.APPRAISAL_FAILED, wanted=policy.bundle_digest, got=workload.trust_bundle
     )

@@ -31,15 +31,15 @@ async def open_collateral(
 ) -> AsyncIterator[CollateralSource]:
     """Give the source, kept fresh while it is in use; `base` is what its directory is relative to."""
     kind, _, place = section.source.partition(":")
+    watch = CollateralWatch(registry)
     if kind == "offline":
-        yield OfflineCollateral((base / place).resolve(), root=root, edition=section.update)
+        yield OfflineCollateral((base / place).resolve(), root=root, edition=section.update, watch=watch)
         return
     server = (
         CollateralServer(place.rstrip("/"), INTEL_ROOT_CRL, section.ca_file)
         if kind == "pcs"
         else CollateralServer.pccs(place, ca_file=section.ca_file)
     )
-    watch = CollateralWatch(registry)
     async with CollateralClient(server) as client:
         path = state_dir / "collateral.sqlite"
         cache = await CollateralCache.open(client, path, root=root, edition=section.update, watch=watch)

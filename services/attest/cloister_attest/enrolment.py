@@ -196,7 +196,7 @@ class Enrolment:
         rank, place = evidence.workload.rank, evidence.workload.backend
         job = await self._registry.job(rank.job) if rank else None
         backend = await self._registry.backend(place.tenant, place.model, place.backend) if place else None
-        return appraise(evidence, policy=self._policy, job=job, backend=backend, checklist=checklist)
+        return appraise(evidence.workload, policy=self._policy, job=job, backend=backend, checklist=checklist)
 
     async def _require_not_denied(
         self, who: SpiffeId, checklist: Checklist, evidence: VerifiedEvidence | None = None
@@ -296,7 +296,7 @@ class Enrolment:
             spiffe_id=str(who) if who else "",
             accepted=who is not None,
             # Everything under a development root is, whatever became of it.
-            simulated=grounds is not None and self._verifier.root.simulated,
+            simulated=course is not None and course.trail.platform is not None and self._verifier.root.simulated,
             checks=checklist.checks,
             quote_digest=sha384(evidence.quote) if evidence else b"",
             event_log_digest=sha384(evidence.event_log) if evidence else b"",

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Final
 
 from cloister import ear
 from cloister.api.common.v1 import evidence_pb2
@@ -21,12 +22,15 @@ from cloister.guest.verdictbundle import (
     RecordedExpectation,
     RecordedRoot,
     VerdictBundle,
+    collateral_json,
 )
 from cloister.identity import SpiffeId
 from cloister.tdx.check import Check
 from cloister.tdx.collateral import Collateral
 from cloister.tlv import sha384, tlv
 from cloister_attest.verdicts import Grounds
+
+_MAX_REFUSED: Final = 128 * 1024  # bytes of refused evidence: whoever has seen one genuine chain can send any log
 
 
 def td_policy_digest(verifier: EvidenceVerifier) -> bytes:
@@ -97,8 +101,9 @@ class Course:
         now: datetime,
         who: SpiffeId | None,
     ) -> Grounds | None:
-        """Return what to keep of it; nothing of evidence that is not even of a platform under the root."""
-        if self.trail.platform is None:
+        """Return what to keep of it: nothing of what is not even of a platform under the root, or refused and large."""
+        size = len(evidence.quote) + len(evidence.event_log)
+        if self.trail.platform is None or (who is None and size > _MAX_REFUSED):
             return None
         bundle = VerdictBundle(
             verifier=VERIFIER_ID,
@@ -124,7 +129,7 @@ class Course:
 
 
 def _json(collateral: Collateral | None) -> bytes:
-    return b"" if collateral is None else collateral.to_json()
+    return b"" if collateral is None else collateral_json(collateral)
 
 
 def _error(error: CloisterError | None) -> RecordedError | None:

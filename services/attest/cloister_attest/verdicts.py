@@ -7,6 +7,7 @@ Collateral and policies are shared by many verdicts and stored once.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import zlib
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ class Verdicts:
             checks,
         )
 
-        kept = _packed(grounds) if grounds is not None and self._grounds_limit else None
+        kept = await asyncio.to_thread(_packed, grounds) if grounds is not None and self._grounds_limit else None
 
         def work(connection: apsw.Connection) -> None:
             connection.execute(
@@ -133,7 +134,8 @@ class Verdicts:
                 why="there is no such verdict, or it is too old, or its quote was not even of a genuine platform",
                 todo="`cloister attest verdicts` lists those there are",
             )
-        return _unpacked(*row).to_json()
+        bundle = await asyncio.to_thread(_unpacked, *row)
+        return await asyncio.to_thread(bundle.to_json)
 
     async def sweep(self) -> None:
         """Remove collateral and policies that no verdict refers to any more."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import prometheus_client
 
@@ -48,6 +50,7 @@ from cloister_attest.service import CALLERS, ENROLMENT_CALLERS, enrolment_servic
 from cloister_attest.verdicts import Verdicts
 
 _DRAIN_S = 5.0
+_T = TypeVar("_T")
 
 
 async def main(config_path: Path, stop: asyncio.Event) -> None:
@@ -199,14 +202,14 @@ def _root(config: AttestConfig) -> TrustRoot:
 
 def _verifier(config: AttestConfig, root: TrustRoot, source: CollateralSource) -> EvidenceVerifier:
     path = config.appraisal.policy
-    policy: TdPolicy = STRICT if path is None else parse_td_policy(read_measured(path).data)
+    policy: TdPolicy = STRICT if path is None else _parsed(path, parse_td_policy)
     return EvidenceVerifier(root, source, policy=policy, references=_references(config))
 
 
 def _references(config: AttestConfig) -> list[ReferenceSet]:
     found: dict[str, ReferenceSet] = {}
     for entry in config.references:
-        references = parse_reference_set(read_measured(entry.path).data)
+        references = _parsed(entry.path, parse_reference_set)
         if f"sha384:{references.digest.hex()}" != entry.digest:
             raise CloisterError(
                 Code.CONFIG_INVALID,
@@ -222,6 +225,16 @@ def _references(config: AttestConfig) -> list[ReferenceSet]:
                 todo="configure one of them",
             )
     return list(found.values())
+
+
+def _parsed(path: Path, parse: Callable[[bytes], _T]) -> _T:
+    """Read and parse a file; raise CloisterError that names it."""
+    try:
+        return parse(read_measured(path).data)
+    except CloisterError as error:
+        if error.code is not Code.POLICY_INVALID:
+            raise
+        raise CloisterError(error.code, what=f"{path}: {error.what}", why=error.why, todo=error.todo) from None
 
 
 def _users(config: AttestConfig) -> dict[bytes, SpiffeId]:

@@ -91,6 +91,22 @@ async def test_a_mistake_in_a_policy_is_named_with_file_and_line(attest: AttestP
     await fails(attest, "CLO-1305", "policy.yaml: spec.tcb.status[0] (line 5)")
 
 
+async def test_a_development_root_does_not_pass_for_intels(attest: AttestProcess) -> None:
+    text = attest.config_file.read_text()
+    attest.config_file.write_text(text.replace("simulated = true", "simulated = false"))
+    await fails(attest, "CLO-", "is not Intel's production root")
+
+
+async def test_without_a_configured_root_only_intels_counts(attest: AttestProcess) -> None:
+    text = attest.config_file.read_text()
+    attest.config_file.write_text(
+        text.replace('[[trust_roots]]\npath = "platform/root.pem"\nsimulated = true\n', "").replace(
+            "offline:platform/collateral", "offline:elsewhere"
+        )
+    )
+    await fails(attest, "quote.P2")
+
+
 async def test_attest_does_not_start_without_collateral(attest: AttestProcess) -> None:
     text = attest.config_file.read_text()
     attest.config_file.write_text(text.replace("offline:platform/collateral", "offline:elsewhere"))

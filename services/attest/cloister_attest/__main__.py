@@ -33,6 +33,7 @@ from cloister.runtime.main import run_service
 from cloister.runtime.metrics import MetricsServer, RpcMetrics
 from cloister.runtime.probes import ProbeServer
 from cloister.runtime.server import GrpcServer
+from cloister.tdx.intelroot import intel_root
 from cloister.tdx.trustroot import TrustRoot
 from cloister.tlv import tlv
 from cloister_attest.appraise import AppraisalPolicy
@@ -196,8 +197,20 @@ def _policy(config: AttestConfig, authority: Authority, verifier: EvidenceVerifi
 
 
 def _root(config: AttestConfig) -> TrustRoot:
+    """Return Intel's root, or the configured one; raise CloisterError when a development root passes for Intel's."""
+    intel = intel_root()
+    if not config.trust_roots:
+        return intel
     entry = config.trust_roots[0]
-    return TrustRoot.from_pem(read_measured(entry.path).data, simulated=entry.simulated)
+    root = TrustRoot.from_pem(read_measured(entry.path).data, simulated=entry.simulated)
+    if not entry.simulated and root.certificate_der != intel.certificate_der:
+        raise CloisterError(
+            Code.CONFIG_INVALID,
+            what=f"{entry.path} is not Intel's production root",
+            why="quotes under any other root are simulated, and everything about them must say so",
+            todo="set simulated = true, or leave out [[trust_roots]] for Intel's",
+        )
+    return root
 
 
 def _verifier(config: AttestConfig, root: TrustRoot, source: CollateralSource) -> EvidenceVerifier:

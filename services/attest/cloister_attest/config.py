@@ -119,7 +119,8 @@ class AttestConfig(ConfigModel):
     guest: GuestPlatform
     attest: AttestSection
     # One: collateral belongs to a root, and a development root never stands beside Intel's.
-    trust_roots: tuple[TrustRootEntry, ...] = Field(min_length=1, max_length=1)
+    # Without an entry, Intel's production root.
+    trust_roots: tuple[TrustRootEntry, ...] = Field(default=(), max_length=1)
     collateral: CollateralSection
     appraisal: AppraisalSection = AppraisalSection()
     references: tuple[ReferenceEntry, ...] = ()

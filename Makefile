@@ -19,7 +19,7 @@ demo: setup ## seal data, train on two attested ranks, serve the model (DATA=dir
 	@$(PY)/cloister --state .cloister/demo demo $(if $(DATA),--data $(DATA)) $(if $(KEEP),--keep)
 
 test: setup node ## run the tests
-	@$(PY)/pytest $(ARGS)
+	@$(PY)/pytest -n 2 --dist loadgroup $(ARGS)
 
 check: setup ## lint, types, import contracts, generated code
 	@echo "[check] ruff"; $(PY)/ruff check . && $(PY)/ruff format --check --quiet .

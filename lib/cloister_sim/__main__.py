@@ -8,11 +8,16 @@ import asyncio
 import os
 import signal
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 from cloister.errors import EXIT_CODE, CloisterError, Code
 from cloister_sim.platform import SimulatedPlatform
 from cloister_sim.server import SimulatorServer
+
+COLLATERAL: Final = "collateral"  # below DIR: bundles that are valid for thirty days, and renewed every day
+_REFRESH_S: Final = 86_400.0
 
 
 async def run(directory: Path, path: Path, lifeline_fd: int | None) -> None:
@@ -23,14 +28,26 @@ async def run(directory: Path, path: Path, lifeline_fd: int | None) -> None:
         loop.add_signal_handler(number, stop.set)
     if lifeline_fd is not None:
         _watch(lifeline_fd, stop)
-    server = SimulatorServer(SimulatedPlatform.create(directory), path)
+    platform = SimulatedPlatform.create(directory)
+    # Before the socket is there: whoever gets a quote can have it verified.
+    platform.publish(directory / COLLATERAL, datetime.now(UTC))
+    server = SimulatorServer(platform, path)
     await server.start()
     sys.stdout.write(f"simulated platform ready on {path}\n")
     sys.stdout.flush()
     try:
-        await stop.wait()
+        while not await _set_within(stop, _REFRESH_S):
+            platform.publish(directory / COLLATERAL, datetime.now(UTC))
     finally:
         await server.stop()
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> bool:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        return False
+    return True
 
 
 def _watch(descriptor: int, stop: asyncio.Event) -> None:

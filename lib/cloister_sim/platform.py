@@ -13,10 +13,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 
+from cloister.collateral.bundle import CollateralBundle, save
+from cloister.collateral.family import Edition, Family, PckCa, Tee
 from cloister.tdx import quote as wire
 from cloister.tdx.collateral import Collateral
 from cloister.tdx.eventlog import Event, EventLog
+from cloister.tdx.pckextension import SGX_EXTENSION_OID, PckExtension
 from cloister.tdx.quote import QeReport, Quote, QuoteSignature, TdBody
+from cloister.tdx.trustroot import TrustRoot
 from cloister.tlv import sha384
 from cloister_sim import pki
 from cloister_sim.collateral import make_collateral
@@ -70,6 +74,18 @@ class SimulatedPlatform:
         report = QeReport.parse(self._vouching.qe_report)
         module = self.launch(bytes(DIGEST_SIZE)).report(bytes(REPORT_DATA_SIZE))
         return make_collateral(self._keys, self._tcb_signing_key, report, module, now)
+
+    def publish(self, directory: Path, now: datetime) -> Path:
+        """Write that collateral, in both editions, as a directory of bundles; raise CloisterError."""
+        pck = PckExtension.parse(
+            self._keys.pck.extensions.get_extension_for_oid(SGX_EXTENSION_OID).value.public_bytes()
+        )
+        root, collateral = TrustRoot.from_pem(self.root_pem, simulated=True), self.collateral(now)
+        for edition in Edition:
+            family = Family(pck.fmspc, PckCa.PLATFORM, Tee.TDX, edition)
+            # What a platform says about itself replaces what it said before, even when the clock was set back.
+            save(CollateralBundle(family, now, collateral), directory, root=root, now=now, reset=True)
+        return directory
 
     def launch(self, image_digest: bytes) -> SimulatedTd:
         """Launch a TD from an image (SHA-384, 48 bytes)."""

@@ -3,6 +3,7 @@
 
     DIR/platform.json   keys and certificates (0600)
     DIR/root.pem        the development root, to be configured as a trust root
+    DIR/collateral/     bundles that quotes of this platform are verified with
     DIR/lock            held while the platform is made or loaded
 
 Keys lie here in the clear, which is the point at which a simulation differs from hardware: whoever reads this

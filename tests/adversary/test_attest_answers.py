@@ -23,7 +23,6 @@ from cloister.identity import Role
 from cloister.runtime.channel import invoke, open_channel
 from cloister.runtime.credentials import StaticCredentials
 from cloister.secret import SecretBytes
-from cloister.tdx.verify import TrustRoot
 from cloister.tdx.workload import read_workload
 from fakes.attest_broker import DATA_KEY, Broker, broker, lies
 from fakes.attest_harness import ATTEST_ID, JOB, SCRIPT, LocalAttest, csr, local_attest, user_material
@@ -346,7 +345,7 @@ async def test_an_owner_who_verified_the_broker_speaks_to_that_leaf_only(
         serving.endpoint,
         role=Role.KEYBROKER,
         credentials=owner,
-        roots=[TrustRoot.from_pem(attest.platform.root_pem, simulated=True)],
+        verifier=attest.verifier,
         expected_scripts=[SCRIPT],
         now=attest.clock(),
     )

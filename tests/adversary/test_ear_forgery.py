@@ -202,6 +202,9 @@ OPTIONAL = {path for path in paths(CLAIMS) if path.startswith(("cloister_inputs/
 FITTING: dict[str, list[object]] = {
     f"{TDX}/tcb_status": [None],
     f"{TDX}/tcb_date": [None],
+    f"{TDX}/tcb_evaluation": [None],
+    f"{TDX}/collateral_issued": [None],
+    f"{TDX}/collateral_expires": [None],
     f"{TDX}/advisories": [[]],
     f"{TDX}/debug": [True],
     f"{TDX}/simulated": [True],

@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -21,7 +21,12 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from cloister.api.attest.v1 import attest_pb2
+from cloister.appraisal.policy import STRICT, TdPolicy
+from cloister.appraisal.references import ReferenceSet
+from cloister.collateral.offline import OfflineCollateral
+from cloister.errors import CloisterError
 from cloister.guest.enrol import Identity
+from cloister.guest.evidence import EvidenceVerifier
 from cloister.guest.guest import Guest
 from cloister.guest.measure import digest_of_package
 from cloister.identity import Role, SpiffeId
@@ -32,13 +37,18 @@ from cloister.runtime.database import Database
 from cloister.runtime.endpoints import read_endpoints
 from cloister.secret import SecretBytes
 from cloister.tdx import workload
-from cloister.tdx.quote import TdBody
-from cloister.tdx.verify import TrustRoot
+from cloister.tdx.collateral import Collateral
+from cloister.tdx.pckchain import load_pck_chain
+from cloister.tdx.pckextension import PckExtension
+from cloister.tdx.quote import Quote, TdBody
+from cloister.tdx.trustroot import TrustRoot
 from cloister.tdx.workload import BackendClaim, DatasetClaim, RankClaim
 from cloister_attest.appraise import AppraisalPolicy
 from cloister_attest.authority import Authority
+from cloister_attest.denylist import DenyList
 from cloister_attest.enrolment import Enrolment, Terms
 from cloister_attest.registry import MIGRATIONS, Registry
+from cloister_attest.results import td_policy_digest
 from cloister_attest.verdicts import Verdicts
 from cloister_attest.workloads import Backend, Job
 from cloister_sim.platform import SimulatedPlatform, SimulatedTd
@@ -92,26 +102,57 @@ class Clock:
         self.now += timedelta(**by)
 
 
+class PlatformCollateral:
+    """What Intel would say about a simulated platform, at the clock's time; `change` lets a test say something else."""
+
+    def __init__(self, platform: SimulatedPlatform, clock: Clock) -> None:
+        self._collateral = platform.collateral(clock())
+        self.asked: list[tuple[bytes, str, str]] = []
+        self.problem: CloisterError | None = None
+
+    def change(self, collateral: Collateral) -> None:
+        self._collateral = collateral
+
+    async def get(self, fmspc: bytes, ca: str, tee: str) -> Collateral:
+        self.asked.append((fmspc, ca, tee))
+        if self.problem is not None:
+            raise self.problem
+        return self._collateral
+
+
 class LocalAttest:
     """Attest's core without its ports: the same objects that the process wires together."""
 
-    def __init__(self, directory: Path, *, trust_domain: str = TRUST_DOMAIN, kept_verdicts: int = 1000) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        trust_domain: str = TRUST_DOMAIN,
+        kept_verdicts: int = 1000,
+        kept_bundles: int = 1000,
+        policy: TdPolicy = STRICT,
+        references: Sequence[ReferenceSet] = (),
+    ) -> None:
         self.clock = Clock()
         self.platform = SimulatedPlatform.create(directory / "platform")
         self.authority = Authority(trust_domain, now=self.clock())
         self.database = Database.open(directory / "attest.sqlite", MIGRATIONS)
         self.registry = Registry(self.database)
-        self.verdicts = Verdicts(self.database, limit=kept_verdicts)
+        self.verdicts = Verdicts(self.database, limit=kept_verdicts, grounds_limit=kept_bundles)
+        self.denials = DenyList(self.database)
+        self.source = PlatformCollateral(self.platform, self.clock)
+        self.verifier = EvidenceVerifier(self.root, self.source, policy=policy, references=references)
         self.user_key = ec.generate_private_key(ec.SECP256R1())
         self.user_id = SpiffeId.of_user(trust_domain, tenant="hospital-a", user="alice")
         services = {role: frozenset({SCRIPT}) for role in Role if role.is_service}
         self.enrolment = Enrolment(
             authority=self.authority,
-            policy=AppraisalPolicy(trust_domain, self.bundle.digest, services),
-            roots=[TrustRoot.from_pem(self.platform.root_pem, simulated=True)],
+            policy=AppraisalPolicy(trust_domain, self.bundle.digest, services, td_policy_digest(self.verifier)),
+            verifier=self.verifier,
             users={hashlib.sha256(spki(self.user_key)).digest(): self.user_id},
             registry=self.registry,
             verdicts=self.verdicts,
+            denials=self.denials,
             terms=Terms(
                 svid=timedelta(hours=1),
                 result=timedelta(minutes=5),
@@ -124,6 +165,23 @@ class LocalAttest:
     @property
     def bundle(self) -> TrustBundle:
         return self.authority.bundle
+
+    @property
+    def root(self) -> TrustRoot:
+        return TrustRoot.from_pem(self.platform.root_pem, simulated=True)
+
+    @property
+    def platform_fmspc(self) -> bytes:
+        return self._pck.fmspc
+
+    @property
+    def platform_piid(self) -> bytes:
+        return self._pck.platform_instance_id
+
+    @property
+    def _pck(self) -> PckExtension:
+        quote = Quote.parse(self.platform.launch(IMAGE).quote(bytes(64)))
+        return load_pck_chain(quote.signature.pck_chain_pem, roots=[self.root]).pck
 
     def td(
         self,
@@ -236,6 +294,11 @@ class AttestProcess:
     def root(self) -> TrustRoot:
         return TrustRoot.from_pem((self.directory / "platform" / "root.pem").read_bytes(), simulated=True)
 
+    @property
+    def verifier(self) -> EvidenceVerifier:
+        """An owner's own verifier, with the platform's collateral."""
+        return EvidenceVerifier(self.root, OfflineCollateral(self.directory / "platform/collateral", root=self.root))
+
     def log(self) -> str:
         return self.log_file.read_text() if self.log_file.exists() else ""
 
@@ -254,8 +317,9 @@ class AttestProcess:
             f'endpoints_file = "{self.endpoints_file.name}"\n'
             f'[guest]\nprovider = "simulated:{self.socket}"\n'
             f'[attest]\nbundle_file = "{self.bundle_file.name}"\n{options}'
+            '[collateral]\nsource = "offline:platform/collateral"\n'
             f'[[trust_roots]]\npath = "platform/root.pem"\nsimulated = true\n{services}'
-            f'[[users]]\nspiffe_id = "{self.user_id}"\nspki_sha256 = "{fingerprint}"\n'
+            f'[[users]]\nspiffe_id = "{self.user_id}"\nspki_sha256 = "{fingerprint}"\noperator = true\n'
         )
 
     async def start_platform(self) -> None:

@@ -238,6 +238,7 @@ class Stack:
         )
         return (
             f'{self._service_toml("attest")}[attest]\nbundle_file = "{self.directory / "bundle.json"}"\n'
+            f'[collateral]\nsource = "offline:{self.directory / "sim" / "collateral"}"\n'
             f'[[trust_roots]]\npath = "{self.directory / "sim" / "root.pem"}"\nsimulated = true\n{services}{users}'
         )
 

@@ -13,13 +13,17 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cloister.api.attest.v1 import attest_pb2, attest_pb2_grpc
+from cloister.collateral.offline import OfflineCollateral
 from cloister.errors import CloisterError, Code
 from cloister.guest.enrol import Identity
+from cloister.guest.evidence import EvidenceVerifier
 from cloister.guest.measure import digest_of_package
 from cloister.guest.owner import verify_service_evidence
 from cloister.identity import Role
 from cloister.runtime.channel import invoke, open_channel, open_enrolment_channel
 from cloister.runtime.credentials import CredentialSource, StaticCredentials
+from cloister.tdx.trustroot import TrustRoot
+from cloister_sim.platform import SimulatedPlatform
 from fakes.attest_harness import CONFIG, JOB, SCRIPT, AttestProcess, attest_process, csr, measure, user_material
 
 
@@ -146,7 +150,7 @@ async def test_an_owner_verifies_attest_itself(attest: AttestProcess) -> None:
         attest.endpoints["grpc"],
         role=Role.ATTEST,
         credentials=await user(attest),
-        roots=[attest.root],
+        verifier=attest.verifier,
         expected_scripts=[digest_of_package("cloister_attest")],
         now=datetime.now(UTC),
     )
@@ -161,14 +165,18 @@ async def test_an_owner_refuses_other_code_another_root_or_another_role(attest: 
         arguments = {
             "role": Role.ATTEST,
             "credentials": person,
-            "roots": [attest.root],
+            "verifier": attest.verifier,
             "expected_scripts": [digest_of_package("cloister_attest")],
             "now": datetime.now(UTC),
         }
         await verify_service_evidence(attest.endpoints["grpc"], **{**arguments, **changes})
 
     await verify()
-    for changes in ({"expected_scripts": [b"\x00" * 48]}, {"expected_scripts": []}, {"roots": []}):
+    stranger = SimulatedPlatform.create(attest.directory / "stranger")
+    root = TrustRoot.from_pem(stranger.root_pem, simulated=True)
+    collateral = OfflineCollateral(stranger.publish(attest.directory / "strange", datetime.now(UTC)), root=root)
+    other = EvidenceVerifier(root, collateral)
+    for changes in ({"expected_scripts": [b"\x00" * 48]}, {"expected_scripts": []}, {"verifier": other}):
         with pytest.raises(CloisterError) as caught:
             await verify(**changes)
         assert caught.value.code is Code.EVIDENCE_UNEXPECTED

@@ -158,7 +158,7 @@ async def test_from_a_sealed_key_to_an_attested_rank_and_across_a_restart() -> N
             broker.endpoint,
             role=Role.KEYBROKER,
             credentials=credentials,
-            roots=[attest.root],
+            verifier=attest.verifier,
             expected_scripts=[digest_of_package("cloister_keybroker")],
             now=datetime.now(UTC),
         )

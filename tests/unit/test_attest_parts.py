@@ -73,6 +73,17 @@ def test_outstanding_nonces_are_bounded_and_expired_ones_make_room() -> None:
     assert nonces.give(role="rank", now=NOW + timedelta(seconds=60))
 
 
+async def test_a_restart_is_a_new_epoch_in_which_no_nonce_of_before_counts() -> None:
+    # Why nonces are kept in memory only: they need not outlive the process that gave them.
+    with local_attest() as before, local_attest() as after:
+        assert before.authority.epoch != after.authority.epoch
+        request = await before.request(before.td(Role.TRAINER))
+        with pytest.raises(CloisterError) as caught:
+            await after.enrolment.attest(request)
+        assert code_of(caught) is Code.NONCE_UNKNOWN
+        await before.enrolment.attest(request)
+
+
 # rate limit
 
 
@@ -128,15 +139,16 @@ def test_two_epochs_share_nothing(authority: Authority) -> None:
 
 
 def test_the_appraisal_policy_digest_depends_on_every_part() -> None:
-    policy = AppraisalPolicy(TRUST_DOMAIN, b"\x01" * 48, {Role.TRAINER: frozenset({b"\x02" * 48})})
+    policy = AppraisalPolicy(TRUST_DOMAIN, b"\x01" * 48, {Role.TRAINER: frozenset({b"\x02" * 48})}, b"\x04" * 48)
     others = [
         replace(policy, trust_domain="other.test"),
         replace(policy, bundle_digest=b"\x02" * 48),
         replace(policy, services={Role.GATEWAY: frozenset({b"\x02" * 48})}),
         replace(policy, services={Role.TRAINER: frozenset({b"\x03" * 48})}),
         replace(policy, services={}),
+        replace(policy, td_policy=b"\x05" * 48),
     ]
-    assert len({policy.digest, *(other.digest for other in others)}) == 6
+    assert len({policy.digest, *(other.digest for other in others)}) == 7
     assert replace(policy).digest == policy.digest
 
 
@@ -269,6 +281,8 @@ endpoints_file = "endpoints.json"
 provider = "simulated:/run/platform.sock"
 [attest]
 bundle_file = "bundle.json"
+[collateral]
+source = "offline:collateral"
 [[trust_roots]]
 path = "root.pem"
 simulated = true
@@ -301,6 +315,10 @@ def test_a_configuration_loads_with_paths_relative_to_the_file(tmp_path: Path) -
         ("sha384:", "sha256:"),
         ("/user/alice", "/job/j/rank/0"),
         ("simulated = true", ""),
+        ("offline:collateral", "offline:"),
+        ("offline:collateral", "http://pccs.example"),
+        ('[collateral]\nsource = "offline:collateral"', ""),
+        ("[[services]]", '[[trust_roots]]\npath = "other.pem"\nsimulated = false\n[[services]]'),
     ],
 )
 def test_a_configuration_that_would_weaken_attest_is_refused(tmp_path: Path, right: str, wrong: str) -> None:

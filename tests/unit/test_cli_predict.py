@@ -29,6 +29,7 @@ def session(tmp_path: Path) -> Session:
         endpoints={"gateway": {"grpc": "127.0.0.1:1", "https": "127.0.0.1:2"}},
         process_ids={},
         root_certificate="",
+        collateral="",
         simulated=True,
         timings_s={},
     )

@@ -23,6 +23,7 @@ STACK = Stack(
     endpoints={"attest": {"grpc": "127.0.0.1:1", "enrolment": "127.0.0.1:2"}},
     process_ids={"attest": 2},
     root_certificate="/root.pem",
+    collateral="",
     simulated=True,
     timings_s={"attest": 1.0},
 )

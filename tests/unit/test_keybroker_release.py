@@ -194,10 +194,44 @@ def test_a_platform_rule_holds_and_a_missing_claim_is_a_denial(
         assert name.startswith("tee.")
 
 
-def test_a_collateral_rule_denies_because_no_token_states_its_age() -> None:
-    policy = a_policy(tee={"type": "tdx", "simulated": "allow", "collateral": {"max_age": "35d"}})
+COLLATERAL = {"type": "tdx", "simulated": "allow", "collateral": {"max_age": "35d"}}
+
+
+def signed(**ago: float) -> dict[str, Any]:
+    return PLATFORM | {"collateral_issued": f"{NOW - timedelta(**ago):%Y-%m-%dT%H:%M:%SZ}"}
+
+
+def test_collateral_may_be_as_old_as_the_policy_says_and_a_token_without_its_age_is_denied() -> None:
+    policy = a_policy(tee=COLLATERAL)
+    assert outcome(policy=policy, ear=an_ear(tee=signed(days=35))).granted
+    assert outcome(policy=policy, ear=an_ear(tee=signed(seconds=-30))).granted
+    for claims in (
+        signed(days=35, seconds=1),
+        signed(seconds=-31),
+        PLATFORM,
+        PLATFORM | {"collateral_issued": "soon"},
+        PLATFORM | {"collateral_issued": "2026-10-31T12:00:00"},  # no zone
+    ):
+        assert failed(outcome(policy=policy, ear=an_ear(tee=claims))) == ["tee.collateral.max_age"]
     decision = outcome(policy=policy, ear=an_ear(tee=PLATFORM))
-    assert decision.failed == Block("tee.collateral.max_age", False, "at most 35 days, 0:00:00", "missing")
+    assert decision.failed == Block("tee.collateral.max_age", False, "signed at most 35 days, 0:00:00 ago", "missing")
+
+
+def test_a_warning_passes_only_where_the_policy_says_itself_which_tcb_and_collateral_will_do() -> None:
+    def warned(**changes: Any) -> Ear:
+        claims = signed(days=1) | {"tcb_status": "SWHardeningNeeded"} | changes
+        return dataclasses.replace(an_ear(tee=claims), status="warning")
+
+    tcb = {"tcb": {"status": ["UpToDate", "SWHardeningNeeded"]}}
+    both = a_policy(tee=COLLATERAL | tcb)
+    assert outcome(policy=both, ear=warned()).granted
+    assert failed(outcome(policy=both, ear=warned(tcb_status="OutOfDate"))) == ["tee.tcb.status"]
+    old = signed(days=40)["collateral_issued"]
+    assert failed(outcome(policy=both, ear=warned(collateral_issued=old))) == ["tee.collateral.max_age"]
+    contraindicated = dataclasses.replace(warned(), status="contraindicated")
+    assert "token.status" in failed(outcome(policy=both, ear=contraindicated))
+    for tee in (COLLATERAL, {"type": "tdx", "simulated": "allow", **tcb}):
+        assert failed(outcome(policy=a_policy(tee=tee), ear=warned())) == ["token.status"]
 
 
 @pytest.mark.parametrize(

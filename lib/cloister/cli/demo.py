@@ -228,7 +228,7 @@ def _policies(session: Session, data_uri: str, model_uri: str, *, image: Verifie
     prefix = f"spiffe://{session.stack.trust_domain}/ns/{session.tenant}"
     ranks, backends = f"{prefix}/job/*/rank/*", f"{prefix}/model/{MODEL}/backend/*"
     job, handler = digest_of_file(job_script_path()), digest_of_file(handler_path())
-    body = image.evidence.quote.quote.body
+    body = image.evidence.body
     pinned: dict[str, Any] = {
         "environments": (environment_digest(),),
         "measurements": {

@@ -120,6 +120,7 @@ class _Builder:
             endpoints=self._endpoints,
             process_ids=self._process_ids,
             root_certificate=str(state.platform / "root.pem"),
+            collateral=str(state.platform / "collateral"),
             simulated=True,
             timings_s=self._timings,
         )

@@ -70,11 +70,12 @@ def attest_config(places: Places, options: StackOptions, *, digests: Mapping[str
             "service": places.service_section("attest", options),
             "guest": places.guest_section(None),
             "attest": {"bundle_file": str(state.bundle)},
+            "collateral": {"source": f"offline:{state.platform / 'collateral'}"},
         },
         {
             "trust_roots": [{"path": str(state.platform / "root.pem"), "simulated": True}],
             "services": [{"role": service, "script": [digests[service]]} for service in PACKAGES],
-            "users": [{"spiffe_id": options.user_id, "spki_sha256": user_spki_sha256}],
+            "users": [{"spiffe_id": options.user_id, "spki_sha256": user_spki_sha256, "operator": True}],
         },
     )
 

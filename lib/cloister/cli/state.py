@@ -180,6 +180,7 @@ class Stack:
     endpoints: Mapping[str, Mapping[str, str]]  # service -> {"grpc": "127.0.0.1:port", ...}
     process_ids: Mapping[str, int]
     root_certificate: str  # PEM file of the platform's root, below the state directory
+    collateral: str  # directory of bundles under that root
     simulated: bool
     timings_s: Mapping[str, float]  # seconds from the start of `dev up` until the service was ready
 

@@ -29,18 +29,21 @@ async def verify_services(session: Session, services: Sequence[str] = _TRUSTED) 
     missing = [service for service in services if service not in session.verified]
     if not missing:
         return session.verified
+    from cloister.collateral.offline import OfflineCollateral
+    from cloister.guest.evidence import EvidenceVerifier
     from cloister.guest.measure import digest_of_package
     from cloister.guest.owner import verify_service_evidence
-    from cloister.tdx.verify import TrustRoot
+    from cloister.tdx.trustroot import TrustRoot
 
     root = TrustRoot.from_pem(_read_root(Path(session.stack.root_certificate)), simulated=session.stack.simulated)
+    verifier = EvidenceVerifier(root, OfflineCollateral(Path(session.stack.collateral), root=root))
     found = await asyncio.gather(
         *(
             verify_service_evidence(
                 session.stack.endpoint(service),
                 role=Role(service),
                 credentials=session.credentials,
-                roots=[root],
+                verifier=verifier,
                 expected_scripts=[digest_of_package(PACKAGES[service])],
                 now=datetime.now(UTC),
             )
@@ -63,7 +66,7 @@ def evidence_rows(verified: dict[str, VerifiedService]) -> Sequence[ServiceEvide
     """Return what was verified, for the report."""
     rows = []
     for service, found in verified.items():
-        body = found.evidence.quote.quote.body
+        body = found.evidence.body
         workload = found.evidence.workload
         measurements = [("MRTD", body.mr_td), ("MRSEAM", body.mr_seam)]
         measurements += [(f"RTMR{number}", register) for number, register in enumerate(body.rtmrs)]

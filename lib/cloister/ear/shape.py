@@ -84,7 +84,10 @@ def _tee(tdx: Members) -> TeeClaims:
         piid=tdx.hex("piid", 16, 0),
         tcb_status=tdx.optional_text("tcb_status"),
         tcb_date=tdx.optional_text("tcb_date"),
-        advisories=tdx.texts("advisories", 64),
+        advisories=tdx.texts("advisories", 256),
+        tcb_evaluation=tdx.optional_number("tcb_evaluation", 0, 2**32 - 1),
+        collateral_issued=tdx.optional_text("collateral_issued"),
+        collateral_expires=tdx.optional_text("collateral_expires"),
     )
 
 

@@ -79,6 +79,9 @@ def _claims(ear: Ear, issued: int, expires: int) -> dict[str, Any]:
                     "tcb_status": tee.tcb_status,
                     "tcb_date": tee.tcb_date,
                     "advisories": list(tee.advisories),
+                    "tcb_evaluation": tee.tcb_evaluation,
+                    "collateral_issued": tee.collateral_issued,
+                    "collateral_expires": tee.collateral_expires,
                 },
             },
             "workload0": {

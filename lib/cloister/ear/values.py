@@ -16,7 +16,10 @@ ALGORITHM: Final = "ES256"
 MAX_LIFETIME: Final = timedelta(minutes=5)
 
 AFFIRMING: Final = "affirming"
-STATUSES: Final = frozenset({"none", AFFIRMING, "warning", "contraindicated"})
+WARNING: Final = "warning"
+STATUSES: Final = frozenset({"none", AFFIRMING, WARNING, "contraindicated"})
+# What a verdict was made from: its digests, so that it can be made again.
+INPUTS: Final = ("quote", "event_log", "collateral", "policy", "references")
 # RFC 9334's trustworthiness vector, names of draft-ietf-rats-ar4si.
 TRUST_CLAIMS: Final = frozenset(
     {
@@ -44,8 +47,11 @@ class TeeClaims:
     fmspc: bytes  # 6 bytes
     piid: bytes  # platform instance id, 16 bytes; empty when the platform has none
     tcb_status: str | None = None  # None: TCB was not evaluated
-    tcb_date: str | None = None  # ISO date of the TCB level
+    tcb_date: str | None = None  # of the TCB level, ISO 8601 in UTC
     advisories: tuple[str, ...] = ()
+    tcb_evaluation: int | None = None  # number of Intel's evaluation that said so
+    collateral_issued: str | None = None  # when the oldest of what is renewed monthly was signed, ISO 8601 in UTC
+    collateral_expires: str | None = None  # ISO 8601 in UTC
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,4 +91,4 @@ class Ear:
     workload: WorkloadClaims
     policy_digest: bytes  # SHA-384 of the appraisal policy that was applied
     verifier_id: str
-    inputs: Mapping[str, bytes] = field(default_factory=dict)  # SHA-384 of the evidence: "quote", "event_log"
+    inputs: Mapping[str, bytes] = field(default_factory=dict)  # SHA-384 of what was judged, see INPUTS

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is this evidence authentic, and of a TD whose keys these are? The one answer, for attest and for owners alike.
+"""Is this evidence authentic and acceptable, and whose keys are these? The one answer, for attest and for owners.
 
-`verify_evidence`, in this order, each step recorded:
+`EvidenceVerifier.verify`, in this order, each step recorded:
 1. form: sizes, key encodings, a role that a TD can have
 2. addressed to the verifier: trust domain, audience, nonce
-3. quote: its chain down to a configured root, its signatures
-4. TD attributes: debug, profiling and migratable TDs are refused
-5. event log: replays to RTMR0..3, and RTMR3 reads as one workload of the role
-6. report_data: recomputed from the keys in the evidence
+3. platform: the quote is well formed, and its PCK chain leads to the root
+4. collateral for that platform is there, and current
+5. quote: signatures, revocation, TCB (cloister.tdx.verify); of a TD
+6. event log: replays to RTMR0..3, and RTMR3 reads as one workload of the role
+7. report_data: recomputed from the keys in the evidence
+8. policy: platform, TD, measurements (cloister.appraisal.judge)
 
-It says nothing about whether the workload is welcome: that is appraisal. No I/O; time is a parameter.
+Who the workload is, and whether it is registered, is for attest to say. But for step 4 there is no I/O, and time is a
+parameter: `verify` gives the same answer for the same inputs at any time.
 """
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import Iterable, Sequence
+import asyncio
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, NoReturn
@@ -25,127 +29,183 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
 from cloister.api.common.v1 import evidence_pb2
+from cloister.appraisal.checklist import Checklist, EvidenceRefused, short
+from cloister.appraisal.judge import TdAppraisal, appraise_td
+from cloister.appraisal.policy import STRICT, TdPolicy
+from cloister.appraisal.references import ReferenceSet
+from cloister.collateral.family import PckCa, Tee
+from cloister.collateral.source import CollateralSource
 from cloister.errors import CloisterError, Code
 from cloister.hpke import KEM_MLKEM768_X25519, PUBLIC_KEY_SIZE
 from cloister.identity import Role
+from cloister.tdx.body import TdBody
 from cloister.tdx.check import Check
+from cloister.tdx.collateral import Collateral
 from cloister.tdx.eventlog import MAX_LOG_SIZE, EventLog, EventLogRejected
-from cloister.tdx.quote import MAX_QUOTE_SIZE, QuoteRejected
+from cloister.tdx.pckchain import CA_NAMES, load_pck_chain
+from cloister.tdx.quote import MAX_QUOTE_SIZE, Quote, QuoteRejected
 from cloister.tdx.reportdata import report_data
-from cloister.tdx.verify import TrustRoot, VerifiedQuote, verify_quote
+from cloister.tdx.trustroot import TrustRoot
+from cloister.tdx.verifier import Verifier
+from cloister.tdx.verify import Verdict
 from cloister.tdx.workload import Workload, read_workload
+
+__all__ = [
+    "Checklist",
+    "EvidenceRefused",
+    "EvidenceVerifier",
+    "Expected",
+    "Trail",
+    "VerifiedEvidence",
+    "load_ed25519_spki",
+    "load_p256_spki",
+    "report_data_of",
+    "short",
+]
 
 _MAX_SPKI: Final = 512  # a P-256 SubjectPublicKeyInfo has 91 bytes
 _NONCE_SIZES: Final = (32, 48)
-# Bits of TD attributes (Intel TDX Module ABI, ATTRIBUTES): 0 debug, 1-7 reserved or profiling under "TD under debug".
-_UNDER_DEBUG: Final = 0xFF
-_SEPT_VE_DISABLE: Final = 1 << 28  # without it the host can inject #VE at will
-_MIGRATABLE: Final = 1 << 29
+_MAX_PLATFORMS: Final = 4096  # whose family is remembered; about 100 bytes each
+_Family = tuple[bytes, PckCa]  # FMSPC and CA
+_CAS: Final = dict(zip(CA_NAMES, (PckCa.PLATFORM, PckCa.PROCESSOR), strict=True))
 
 
-class EvidenceRefused(Exception):
-    """Evidence that failed a check: the last of `checks`."""
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What evidence must be about: the verifier's nonce (32 or 48 bytes), its name, and its trust domain."""
 
-    def __init__(self, code: Code, checks: tuple[Check, ...]) -> None:
-        super().__init__(f"{checks[-1].name}: wanted {checks[-1].wanted}, got {checks[-1].got}")
-        self.code = code
-        self.checks = checks
-
-    def public(self, what: str) -> CloisterError:
-        """Return the error for whoever sent the evidence."""
-        failed = self.checks[-1]
-        return CloisterError(
-            self.code,
-            what=what,
-            why=f"{failed.name}: wanted {failed.wanted}, got {failed.got}",
-            todo="compare the workload with what is registered; the verdict is on record",
-        )
-
-
-class Checklist:
-    """Checks in the order in which they were made; the first that fails ends the matter."""
-
-    def __init__(self) -> None:
-        self._checks: list[Check] = []
-
-    @property
-    def checks(self) -> tuple[Check, ...]:
-        return tuple(self._checks)
-
-    def require(self, name: str, ok: bool, code: Code, *, wanted: object, got: object) -> None:
-        """Record a check; raise EvidenceRefused when it failed."""
-        self._checks.append(Check(name, ok, _public(wanted), _public(got)))
-        if not ok:
-            raise EvidenceRefused(code, self.checks)
-
-    def refuse(self, name: str, code: Code, *, wanted: object, got: object) -> NoReturn:
-        """Record a check that failed, and raise."""
-        self._checks.append(Check(name, False, _public(wanted), _public(got)))
-        raise EvidenceRefused(code, self.checks)
-
-    def require_equal(self, name: str, code: Code, *, wanted: bytes, got: bytes) -> None:
-        """Record a comparison of digests, nonces or keys; constant time."""
-        self.require(name, hmac.compare_digest(wanted, got), code, wanted=short(wanted), got=short(got))
-
-    def passed(self, checks: Iterable[Check]) -> None:
-        """Record checks that somebody else made and that hold."""
-        self._checks += checks
+    nonce: bytes
+    audience: str
+    trust_domain: str
 
 
 @dataclass(frozen=True, slots=True)
 class VerifiedEvidence:
-    """Evidence that is authentic."""
+    """Evidence that is authentic, of a TD that the policy accepts."""
 
-    quote: VerifiedQuote
+    verdict: Verdict
+    body: TdBody
     log: EventLog
     workload: Workload
+    appraisal: TdAppraisal
     role: Role
     tls_spki_der: bytes
     hpke_public_key: bytes
     receipt_spki_der: bytes  # empty when the role signs no receipts
 
 
-def verify_evidence(
-    evidence: evidence_pb2.Evidence,
-    *,
-    nonce: bytes,
-    audience: str,
-    trust_domain: str,
-    roots: Sequence[TrustRoot],
-    now: datetime,
-    checklist: Checklist,
-) -> VerifiedEvidence:
-    """Return what the evidence proves; raise EvidenceRefused with all checks made so far."""
-    role = _form(evidence, checklist)  # 1
-    require = checklist.require
-    mismatch = Code.REPORT_DATA_MISMATCH
-    require(
-        "evidence.trust-domain",
-        evidence.trust_domain == trust_domain,
-        mismatch,
-        wanted=trust_domain,
-        got=evidence.trust_domain,
-    )
-    require("evidence.audience", evidence.audience == audience, mismatch, wanted=audience, got=evidence.audience)
-    checklist.require_equal("evidence.nonce", mismatch, wanted=nonce, got=evidence.nonce)  # 2
-    try:
-        quote = verify_quote(evidence.quote, roots=roots, now=now)  # 3
-    except QuoteRejected as error:
-        checklist.refuse(f"quote.{error.check}", Code.QUOTE_REJECTED, wanted="an authentic TD quote", got=error.reason)
-    checklist.passed(Check(f"quote.{check.name}", check.ok, check.wanted, check.got) for check in quote.checks)
-    body = quote.quote.body
-    _attributes(int.from_bytes(body.td_attributes, "little"), checklist)  # 4
-    log, workload = _workload(evidence.event_log, body.rtmrs, role, checklist)  # 5
-    checklist.require_equal("report-data", mismatch, wanted=report_data_of(evidence), got=body.report_data)  # 6
-    return VerifiedEvidence(
-        quote=quote,
-        log=log,
-        workload=workload,
-        role=role,
-        tls_spki_der=evidence.tls_spki_der,
-        hpke_public_key=evidence.hpke_public_key,
-        receipt_spki_der=evidence.receipt_spki_der,
-    )
+@dataclass(slots=True)
+class Trail:
+    """What a verification used besides its arguments, whether it succeeded or not."""
+
+    platform: _Family | None = None  # FMSPC and CA, once the quote's chain has verified
+    collateral: Collateral | None = None
+    unavailable: CloisterError | None = None  # why there was no collateral
+
+
+class EvidenceVerifier:
+    """Judge evidence under one root, by one policy, with collateral from one source. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        root: TrustRoot,
+        source: CollateralSource,
+        *,
+        policy: TdPolicy = STRICT,
+        references: Iterable[ReferenceSet] = (),
+    ) -> None:
+        self.root = root
+        self.policy = policy
+        self.references = {found.name: found for found in references}
+        self._source = source
+        self._verifier = Verifier([root])
+        # Families by the SHA-256 of a chain that verified: a success holds at all times, since it only names.
+        self._platforms: dict[bytes, _Family] = {}
+
+    async def verify(
+        self,
+        evidence: evidence_pb2.Evidence,
+        expected: Expected,
+        *,
+        now: datetime,
+        checklist: Checklist,
+        trail: Trail | None = None,
+    ) -> VerifiedEvidence:
+        """Return what the evidence proves; raise EvidenceRefused with all checks made so far."""
+        trail = trail or Trail()
+        role, quote, family = await asyncio.to_thread(self._platform, evidence, expected, checklist)
+        trail.platform = family
+        collateral = await self._collateral(family, checklist, trail)
+        return await asyncio.to_thread(self._judge, evidence, role, quote, collateral, now, checklist)
+
+    def _platform(
+        self, evidence: evidence_pb2.Evidence, expected: Expected, checklist: Checklist
+    ) -> tuple[Role, Quote, _Family]:
+        """Take steps 1 to 3: nothing is asked of a collateral server for what has no genuine chain."""
+        role = _form(evidence, checklist)  # 1
+        _addressed(evidence, expected, checklist)  # 2
+        try:  # 3
+            quote = Quote.parse(evidence.quote)
+            pem = quote.signature.pck_chain_pem
+            key = hashlib.sha256(pem).digest()
+            found = self._platforms.get(key)
+            if found is None:
+                chain = load_pck_chain(pem, roots=[self.root])
+                found = (chain.pck.fmspc, _CAS[chain.ca_name])
+                if len(self._platforms) >= _MAX_PLATFORMS:
+                    self._platforms.clear()
+                self._platforms[key] = found
+        except QuoteRejected as error:
+            _refuse_quote(error, checklist)
+        return role, quote, found
+
+    async def _collateral(self, family: _Family, checklist: Checklist, trail: Trail) -> Collateral:
+        """Take step 4."""
+        fmspc, ca = family
+        wanted = f"current collateral for FMSPC {fmspc.hex()}"
+        try:
+            collateral = await self._source.get(fmspc, ca, Tee.TDX)
+        except CloisterError as error:
+            trail.unavailable = error
+            got = f"{error.what}: {error.why}"
+            checklist.refuse("collateral.available", error.code, wanted=wanted, got=got, todo=error.todo)
+        checklist.require("collateral.available", True, Code.COLLATERAL_UNAVAILABLE, wanted=wanted, got="as wanted")
+        trail.collateral = collateral
+        return collateral
+
+    def _judge(
+        self,
+        evidence: evidence_pb2.Evidence,
+        role: Role,
+        quote: Quote,
+        collateral: Collateral,
+        now: datetime,
+        checklist: Checklist,
+    ) -> VerifiedEvidence:
+        """Take steps 5 to 8."""
+        try:  # 5
+            verdict = self._verifier.verify(evidence.quote, collateral, now=now)
+        except QuoteRejected as error:
+            _refuse_quote(error, checklist)
+        checks = (Check(f"quote.{check.name}", check.ok, check.wanted, check.got) for check in verdict.checks)
+        checklist.require_all(checks, Code.QUOTE_REJECTED)
+        body = quote.body
+        log, workload = _workload(evidence.event_log, body.rtmrs, role, checklist)  # 6
+        wanted = report_data_of(evidence)
+        checklist.require_equal("report-data", Code.REPORT_DATA_MISMATCH, wanted=wanted, got=body.report_data)  # 7
+        appraisal = appraise_td(verdict, workload, policy=self.policy, references=self.references, now=now)  # 8
+        checklist.require_all(appraisal.checks, Code.APPRAISAL_FAILED)
+        return VerifiedEvidence(
+            verdict=verdict,
+            body=body,
+            log=log,
+            workload=workload,
+            appraisal=appraisal,
+            role=role,
+            tls_spki_der=evidence.tls_spki_der,
+            hpke_public_key=evidence.hpke_public_key,
+            receipt_spki_der=evidence.receipt_spki_der,
+        )
 
 
 def report_data_of(evidence: evidence_pb2.Evidence) -> bytes:
@@ -174,16 +234,6 @@ def load_ed25519_spki(der: bytes) -> ed25519.Ed25519PublicKey | None:
     """Return an Ed25519 key from its one canonical SubjectPublicKeyInfo, or None for anything else."""
     key = _load_spki(der)
     return key if isinstance(key, ed25519.Ed25519PublicKey) else None
-
-
-def short(value: bytes) -> str:
-    """Return the beginning of a digest or key in hexadecimal, as it stands in verdicts."""
-    return value.hex() if len(value) <= 48 else f"{value[:32].hex()}... ({len(value)} bytes)"
-
-
-def _public(value: object) -> str:
-    """Return short printable ASCII: part of it may have been written by the sender."""
-    return str(value)[:500].encode("ascii", "backslashreplace").decode("ascii")[:500]
 
 
 def _load_spki(der: bytes) -> object:
@@ -222,29 +272,18 @@ def _form(evidence: evidence_pb2.Evidence, checklist: Checklist) -> Role:
     return Role(evidence.role)
 
 
-def _attributes(attributes: int, checklist: Checklist) -> None:
-    code = Code.APPRAISAL_FAILED
-    checklist.require(
-        "td.debug",
-        not attributes & _UNDER_DEBUG,
-        code,
-        wanted="no debugging, no profiling",
-        got=f"attributes {attributes:#018x}",
-    )
-    checklist.require(
-        "td.sept-ve-disable",
-        bool(attributes & _SEPT_VE_DISABLE),
-        code,
-        wanted="set",
-        got="set" if attributes & _SEPT_VE_DISABLE else "clear",
-    )
-    checklist.require(
-        "td.migratable",
-        not attributes & _MIGRATABLE,
-        code,
-        wanted="clear",
-        got="set" if attributes & _MIGRATABLE else "clear",
-    )
+def _addressed(evidence: evidence_pb2.Evidence, expected: Expected, checklist: Checklist) -> None:
+    code = Code.REPORT_DATA_MISMATCH
+    for name, wanted, got in (
+        ("trust-domain", expected.trust_domain, evidence.trust_domain),
+        ("audience", expected.audience, evidence.audience),
+    ):
+        checklist.require(f"evidence.{name}", wanted == got, code, wanted=wanted, got=got)
+    checklist.require_equal("evidence.nonce", code, wanted=expected.nonce, got=evidence.nonce)
+
+
+def _refuse_quote(error: QuoteRejected, checklist: Checklist) -> NoReturn:
+    checklist.refuse(f"quote.{error.check}", Code.QUOTE_REJECTED, wanted="an authentic TD quote", got=error.reason)
 
 
 def _workload(

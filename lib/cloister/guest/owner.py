@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cloister.api.common.v1 import evidence_pb2, evidence_pb2_grpc
 from cloister.api.keybroker.v1 import keybroker_pb2, keybroker_pb2_grpc
 from cloister.errors import CloisterError, Code
-from cloister.guest.evidence import Checklist, EvidenceRefused, VerifiedEvidence, short, verify_evidence
+from cloister.guest.evidence import Checklist, EvidenceRefused, EvidenceVerifier, Expected, VerifiedEvidence, short
 from cloister.guest.keys import PURPOSES
 from cloister.guest.receipt import fetch_receipt_key, open_answer, refuse
 from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
@@ -38,7 +38,6 @@ from cloister.runtime.options import channel_options
 from cloister.runtime.pem import read_leaf
 from cloister.sealed.datakey import DataKey
 from cloister.tdx.check import Check
-from cloister.tdx.verify import TrustRoot
 from cloister.tlv import sha384
 
 _CALL_TIMEOUT_S: Final = 20.0
@@ -61,13 +60,14 @@ async def verify_service_evidence(
     *,
     role: Role,
     credentials: CredentialSource,
-    roots: Sequence[TrustRoot],
+    verifier: EvidenceVerifier,
     expected_scripts: Collection[bytes],
     now: datetime,
 ) -> VerifiedService:
     """Fetch and verify the evidence of the service at `endpoint`.
 
-    `expected_scripts` are SHA-384 digests (48 bytes) of the service's package; none expected means none accepted.
+    `verifier` is this machine's own: root, collateral and policy; attest is not asked. `expected_scripts` are SHA-384
+    digests (48 bytes) of the service's package; none expected means none accepted.
     Raises CloisterError(EVIDENCE_UNEXPECTED) that names the failed check, or UNREACHABLE.
     """
     material = credentials.current()
@@ -80,16 +80,8 @@ async def verify_service_evidence(
         response = await invoke(method, request, timeout_s=_CALL_TIMEOUT_S, what=f"get the evidence of {role}")
     checklist = Checklist()
     try:
-        evidence = await asyncio.to_thread(
-            verify_evidence,
-            response.evidence,
-            nonce=nonce,
-            audience=me,
-            trust_domain=domain,
-            roots=roots,
-            now=now,
-            checklist=checklist,
-        )
+        expected = Expected(nonce, me, domain)
+        evidence = await verifier.verify(response.evidence, expected, now=now, checklist=checklist)
         unexpected = Code.EVIDENCE_UNEXPECTED
         checklist.require("service.role", evidence.role is role, unexpected, wanted=role, got=evidence.role)
         script = evidence.workload.script

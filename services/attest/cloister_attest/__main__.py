@@ -5,12 +5,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
+import prometheus_client
+
+from cloister.appraisal.policy import STRICT, TdPolicy, parse_td_policy
+from cloister.appraisal.references import ReferenceSet, parse_reference_set
 from cloister.atomicfile import write_atomically
+from cloister.collateral.source import CollateralSource
 from cloister.errors import CloisterError, Code
 from cloister.guest.enrol import Identity, utc_now
+from cloister.guest.evidence import EvidenceVerifier
 from cloister.guest.evidence_service import mounted_evidence
 from cloister.guest.guest import Guest
 from cloister.guest.measure import read_measured
@@ -20,23 +28,30 @@ from cloister.runtime.config import load_measured_config
 from cloister.runtime.database import Database
 from cloister.runtime.endpoints import write_endpoints
 from cloister.runtime.health import HealthState
-from cloister.runtime.logging import configure
+from cloister.runtime.logging import configure, get_logger
 from cloister.runtime.main import run_service
 from cloister.runtime.metrics import MetricsServer, RpcMetrics
 from cloister.runtime.probes import ProbeServer
 from cloister.runtime.server import GrpcServer
-from cloister.tdx.verify import TrustRoot
+from cloister.tdx.intelroot import intel_root
+from cloister.tdx.trustroot import TrustRoot
 from cloister.tlv import tlv
 from cloister_attest.appraise import AppraisalPolicy
 from cloister_attest.authority import Authority
+from cloister_attest.collateral import open_collateral
 from cloister_attest.config import AttestConfig
+from cloister_attest.denylist import DenyList
 from cloister_attest.enrolment import Enrolment, Terms
+from cloister_attest.identities import IdentityServicer, identity_services
+from cloister_attest.jwks import JwksServer
 from cloister_attest.ratelimit import RateLimit
 from cloister_attest.registry import MIGRATIONS, Registry
+from cloister_attest.results import td_policy_digest
 from cloister_attest.service import CALLERS, ENROLMENT_CALLERS, enrolment_services, services
 from cloister_attest.verdicts import Verdicts
 
 _DRAIN_S = 5.0
+_T = TypeVar("_T")
 
 
 async def main(config_path: Path, stop: asyncio.Event) -> None:
@@ -47,27 +62,62 @@ async def main(config_path: Path, stop: asyncio.Event) -> None:
     try:
         database = Database.open(config.service.state_dir / "attest.sqlite", MIGRATIONS)
         try:
-            await _serve(config, config_bytes, guest, database, stop)
+            await _open(config, config_path.parent, config_bytes, guest, database, stop)
         finally:
             database.close()
     finally:
         guest.close()
 
 
+async def _open(
+    config: AttestConfig, base: Path, config_bytes: bytes, guest: Guest, database: Database, stop: asyncio.Event
+) -> None:
+    root, metrics = _root(config), RpcMetrics()
+    simulated = prometheus_client.Gauge(
+        "cloister_attest_simulated_root", "1 when quotes of simulated TDs are accepted.", registry=metrics.registry
+    )
+    simulated.set(int(root.simulated))
+    if root.simulated:
+        get_logger().warning("quotes of simulated TDs are accepted", root_sha256=root.fingerprint.hex())
+    async with open_collateral(
+        config.collateral, root=root, base=base, state_dir=config.service.state_dir, registry=metrics.registry
+    ) as source:
+        verifier = _verifier(config, root, source)
+        # The file only names root, policy and reference sets; who may vouch for quotes, and what must hold of them, is
+        # part of what this attest is.
+        measured = tlv(
+            "cloister-attest-config-v2",
+            config_bytes,
+            root.certificate_der,
+            verifier.policy.source,
+            *(found.source for _, found in sorted(verifier.references.items())),
+        )
+        await _serve(config, measured, verifier, metrics, guest, database, stop)
+
+
 async def _serve(
-    config: AttestConfig, config_bytes: bytes, guest: Guest, database: Database, stop: asyncio.Event
+    config: AttestConfig,
+    measured: bytes,
+    verifier: EvidenceVerifier,
+    metrics: RpcMetrics,
+    guest: Guest,
+    database: Database,
+    stop: asyncio.Event,
 ) -> None:
     authority = Authority(config.service.trust_domain, now=utc_now())
-    roots = _roots(config)
     registry = Registry(database)
-    verdicts = Verdicts(database, limit=config.attest.kept_verdicts)
+    verdicts = Verdicts(database, limit=config.attest.kept_verdicts, grounds_limit=config.attest.kept_bundles)
+    await verdicts.sweep()
+    denials = DenyList(database)
+    operators = [entry.spiffe_id for entry in config.users if entry.operator]
     enrolment = Enrolment(
         authority=authority,
-        policy=_policy(config, authority),
-        roots=roots,
+        policy=_policy(config, authority, verifier),
+        verifier=verifier,
         users=_users(config),
         registry=registry,
         verdicts=verdicts,
+        denials=denials,
         terms=_terms(config),
         clock=utc_now,
     )
@@ -76,19 +126,24 @@ async def _serve(
         guest,
         bundle=authority.bundle,
         package="cloister_attest",
-        # The file only names the roots; who may vouch for quotes is part of what this attest is.
-        config_bytes=tlv("cloister-attest-config-v1", config_bytes, *(root.certificate_der for root in roots)),
+        config_bytes=measured,
         role=Role.ATTEST,
     )
     identity = await Identity.enrol_through(enrolment, guest, bundle=authority.bundle)
     identity.start_renewal()
 
-    health, metrics = HealthState(), RpcMetrics()
+    identities = IdentityServicer(denials, operators, own_facts=lambda: enrolment.own_facts, clock=utc_now)
+
+    health = HealthState()
     rate_limit = RateLimit(per_s=config.attest.calls_per_s, burst=config.attest.calls_burst, clock_s=time.monotonic)
     server = GrpcServer(
         section=config.service,
         credentials=identity,
-        services=[*services(registry, verdicts), mounted_evidence(identity)],
+        services=[
+            *services(registry, verdicts),
+            *identity_services(identities),
+            mounted_evidence(identity),
+        ],
         callers=CALLERS,
         health=health,
         metrics=metrics,
@@ -104,11 +159,13 @@ async def _serve(
         anonymous=True,
     )
     probes = ProbeServer(config.service.health_listen, health)
+    jwks = JwksServer(listen=config.attest.jwks_listen, credentials=identity, bundle=authority.bundle)
     exposition = MetricsServer(config.service.metrics_listen, metrics.registry)
     try:
         await server.start()
         await enrolment_server.start()
         await probes.start()
+        await jwks.start()
         # Whoever sees the endpoints may read the bundle: it is there first.
         write_atomically(config.attest.bundle_file, authority.bundle.to_bytes(), mode=0o644)
         write_endpoints(
@@ -116,6 +173,7 @@ async def _serve(
             {
                 "grpc": server.endpoint,
                 "enrolment": enrolment_server.endpoint,
+                "jwks": jwks.endpoint,
                 "health": probes.endpoint,
                 "metrics": exposition.endpoint,
             },
@@ -123,23 +181,73 @@ async def _serve(
         await stop.wait()
     finally:
         await asyncio.gather(server.drain(_DRAIN_S), enrolment_server.drain(_DRAIN_S))
+        await jwks.stop()
         await probes.stop()
         exposition.close()
         await identity.aclose()
 
 
-def _policy(config: AttestConfig, authority: Authority) -> AppraisalPolicy:
+def _policy(config: AttestConfig, authority: Authority, verifier: EvidenceVerifier) -> AppraisalPolicy:
     scripts: dict[Role, frozenset[bytes]] = {}
     for entry in config.services:
         digests = frozenset(bytes.fromhex(text.removeprefix("sha384:")) for text in entry.script)
         scripts[entry.role] = scripts.get(entry.role, frozenset()) | digests
-    return AppraisalPolicy(config.service.trust_domain, authority.bundle.digest, scripts)
+    digest = td_policy_digest(verifier)
+    return AppraisalPolicy(config.service.trust_domain, authority.bundle.digest, scripts, digest)
 
 
-def _roots(config: AttestConfig) -> list[TrustRoot]:
-    return [
-        TrustRoot.from_pem(read_measured(entry.path).data, simulated=entry.simulated) for entry in config.trust_roots
-    ]
+def _root(config: AttestConfig) -> TrustRoot:
+    """Return Intel's root, or the configured one; raise CloisterError when a development root passes for Intel's."""
+    intel = intel_root()
+    if not config.trust_roots:
+        return intel
+    entry = config.trust_roots[0]
+    root = TrustRoot.from_pem(read_measured(entry.path).data, simulated=entry.simulated)
+    if not entry.simulated and root.certificate_der != intel.certificate_der:
+        raise CloisterError(
+            Code.CONFIG_INVALID,
+            what=f"{entry.path} is not Intel's production root",
+            why="quotes under any other root are simulated, and everything about them must say so",
+            todo="set simulated = true, or leave out [[trust_roots]] for Intel's",
+        )
+    return root
+
+
+def _verifier(config: AttestConfig, root: TrustRoot, source: CollateralSource) -> EvidenceVerifier:
+    path = config.appraisal.policy
+    policy: TdPolicy = STRICT if path is None else _parsed(path, parse_td_policy)
+    return EvidenceVerifier(root, source, policy=policy, references=_references(config))
+
+
+def _references(config: AttestConfig) -> list[ReferenceSet]:
+    found: dict[str, ReferenceSet] = {}
+    for entry in config.references:
+        references = _parsed(entry.path, parse_reference_set)
+        if f"sha384:{references.digest.hex()}" != entry.digest:
+            raise CloisterError(
+                Code.CONFIG_INVALID,
+                what=f"the reference set {entry.path} is not the one that is pinned",
+                why=f"it is {references}, sha384:{references.digest.hex()}",
+                todo="review it, and pin this digest in [[references]] if it is right",
+            )
+        if found.setdefault(references.name, references) is not references:
+            raise CloisterError(
+                Code.CONFIG_INVALID,
+                what=f"two reference sets are called {references.name}",
+                why="a policy names a set by its name alone",
+                todo="configure one of them",
+            )
+    return list(found.values())
+
+
+def _parsed(path: Path, parse: Callable[[bytes], _T]) -> _T:
+    """Read and parse a file; raise CloisterError that names it."""
+    try:
+        return parse(read_measured(path).data)
+    except CloisterError as error:
+        if error.code is not Code.POLICY_INVALID:
+            raise
+        raise CloisterError(error.code, what=f"{path}: {error.what}", why=error.why, todo=error.todo) from None
 
 
 def _users(config: AttestConfig) -> dict[bytes, SpiffeId]:

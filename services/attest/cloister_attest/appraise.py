@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is this authentic workload welcome, and who is it? Pure: evidence, policy and registry entries in, identity out.
+"""Is this acceptable workload welcome, and who is it? Pure: workload, policy and registry entries in, identity out.
 
+What its platform and its TD must be was judged before, with the evidence (cloister.appraisal).
 1. it trusts this CA and no other: the trust bundle it measured is ours
 2. a service:  its code is in the configured list
    a rank:     its job is registered and open, of this tenant and size, with this script and configuration
@@ -14,18 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
-from cloister.ear import AFFIRMING
+from cloister.appraisal.checklist import Checklist, short
 from cloister.errors import Code
-from cloister.guest.evidence import Checklist, VerifiedEvidence, short
 from cloister.identity import Role, SpiffeId
 from cloister.tdx.workload import BackendClaim, RankClaim, Workload
 from cloister.tlv import sha384, tlv
 from cloister_attest.workloads import Backend, Job
-
-# AR4SI: 2 is "affirming". No claim about `hardware` before collateral is evaluated.
-_TRUSTWORTHINESS: Final = {"instance-identity": 2, "configuration": 2, "executables": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +31,7 @@ class AppraisalPolicy:
     trust_domain: str
     bundle_digest: bytes  # 48 bytes
     services: Mapping[Role, frozenset[bytes]]  # SHA-384 digests of packages
+    td_policy: bytes  # digest of the policy for platforms and TDs, and of its reference sets, 48 bytes
 
     @property
     def digest(self) -> bytes:
@@ -43,31 +40,21 @@ class AppraisalPolicy:
             tlv("service", role, *sorted(digests))
             for role, digests in sorted(self.services.items(), key=lambda item: str(item[0]))
         ]
-        return sha384(tlv("cloister-appraisal-v1", self.trust_domain, self.bundle_digest, *rows))
-
-
-@dataclass(frozen=True, slots=True)
-class Appraisal:
-    """A welcome workload."""
-
-    spiffe_id: SpiffeId
-    status: str
-    trustworthiness: Mapping[str, int]
+        return sha384(tlv("cloister-appraisal-v2", self.trust_domain, self.bundle_digest, self.td_policy, *rows))
 
 
 def appraise(
-    evidence: VerifiedEvidence,
+    workload: Workload,
     *,
     policy: AppraisalPolicy,
     job: Job | None,
     backend: Backend | None,
     checklist: Checklist,
-) -> Appraisal:
+) -> SpiffeId:
     """Return who this is; raise EvidenceRefused when it is not welcome.
 
     `job` and `backend` are the registry's entries for the names in the workload's claims, or None.
     """
-    workload = evidence.workload
     checklist.require_equal(
         "workload.trust-bundle", Code.APPRAISAL_FAILED, wanted=policy.bundle_digest, got=workload.trust_bundle
     )
@@ -75,14 +62,13 @@ def appraise(
     match workload:
         case Workload(role=Role.RANK, rank=RankClaim() as claim):
             _rank(workload, claim, job, checklist)
-            spiffe_id = SpiffeId.of_rank(domain, tenant=claim.tenant, job=claim.job, rank=claim.rank)
+            return SpiffeId.of_rank(domain, tenant=claim.tenant, job=claim.job, rank=claim.rank)
         case Workload(role=Role.BACKEND, backend=BackendClaim() as place):
             _backend(workload, place, backend, checklist)
-            spiffe_id = SpiffeId.of_backend(domain, tenant=place.tenant, model=place.model, backend=place.backend)
+            return SpiffeId.of_backend(domain, tenant=place.tenant, model=place.model, backend=place.backend)
         case _:
             _service(workload, policy.services.get(workload.role, frozenset()), checklist)
-            spiffe_id = SpiffeId.service(domain, workload.role)
-    return Appraisal(spiffe_id, AFFIRMING, _TRUSTWORTHINESS)
+            return SpiffeId.service(domain, workload.role)
 
 
 def _service(workload: Workload, known: frozenset[bytes], checklist: Checklist) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from cloister.collateral.family import Edition
 from cloister.errors import CloisterError
 from cloister.identity import Role, SpiffeId
 from cloister.runtime.config import ConfigModel, ServiceSection
@@ -31,6 +32,13 @@ def _user_id(text: str) -> str:
     raise ValueError("wanted spiffe://<trust-domain>/ns/<tenant>/user/<name>")
 
 
+def _collateral_source(text: str) -> str:
+    kind, _, place = text.partition(":")
+    if kind in ("offline", "pcs", "pccs") and place:
+        return text
+    raise ValueError("wanted offline:<directory>, pcs:<https URL> or pccs:<https URL>")
+
+
 class GuestPlatform(ConfigModel):
     """[guest]: where attest's own quotes come from. Attest enrols with itself, so it has no attest endpoint."""
 
@@ -42,6 +50,8 @@ class AttestSection(ConfigModel):
 
     bundle_file: Path
     enrolment_listen: str = "127.0.0.1:0"
+    # HTTPS without client certificates: the token keys as a JWK set, for whoever reads attestation results.
+    jwks_listen: str = "127.0.0.1:0"
     # Life of certificates and attestation results. Connections outlive certificates, so both stay short.
     svid_ttl_s: int = Field(default=3600, ge=1, le=3600)
     ear_ttl_s: int = Field(default=300, ge=1, le=300)
@@ -53,10 +63,35 @@ class AttestSection(ConfigModel):
     calls_burst: int = Field(default=400, ge=1, le=100_000)
     # How many verdicts are kept, accepted and refused apart, so that refusals cannot push out what was accepted.
     kept_verdicts: int = Field(default=10_000, ge=1, le=1_000_000)
+    # Of how many of them, again apart, the evidence is kept, too; about 15 KB each.
+    kept_bundles: int = Field(default=1_000, ge=0, le=100_000)
+
+
+class CollateralSection(ConfigModel):
+    """[collateral]: where TCB info, QE identity and revocation lists come from."""
+
+    # "offline:<directory>" of bundles, relative to this file; "pcs:<URL>" of Intel's service; "pccs:<URL>" of a PCCS.
+    source: Annotated[str, AfterValidator(_collateral_source)]
+    update: Edition = Edition.STANDARD
+    # Of a PCCS: the only CAs that may certify it. Without it, those of the system.
+    ca_file: Path | None = None
+
+
+class AppraisalSection(ConfigModel):
+    """[appraisal]: what platforms and TDs must be."""
+
+    policy: Path | None = None  # without one: up to date, no optional feature but PKS
+
+
+class ReferenceEntry(ConfigModel):
+    """[[references]]: a reference set that the policy may name, pinned by its digest."""
+
+    path: Path
+    digest: Digest384
 
 
 class TrustRootEntry(ConfigModel):
-    """[[trust_roots]]: a root that quotes may come from. Simulated ones are marked in every attestation result."""
+    """[[trust_roots]]: the root that quotes come from. A simulated one is marked in every attestation result."""
 
     path: Path
     simulated: bool
@@ -74,6 +109,7 @@ class UserEntry(ConfigModel):
 
     spiffe_id: Annotated[str, AfterValidator(_user_id)]
     spki_sha256: Digest256
+    operator: bool = False  # may see and change the deny-list
 
 
 class AttestConfig(ConfigModel):
@@ -82,6 +118,11 @@ class AttestConfig(ConfigModel):
     service: ServiceSection
     guest: GuestPlatform
     attest: AttestSection
-    trust_roots: tuple[TrustRootEntry, ...] = Field(min_length=1)
+    # One: collateral belongs to a root, and a development root never stands beside Intel's.
+    # Without an entry, Intel's production root.
+    trust_roots: tuple[TrustRootEntry, ...] = Field(default=(), max_length=1)
+    collateral: CollateralSection
+    appraisal: AppraisalSection = AppraisalSection()
+    references: tuple[ReferenceEntry, ...] = ()
     services: tuple[ServiceEntry, ...]
     users: tuple[UserEntry, ...] = ()

@@ -2,9 +2,10 @@
 """Enrolment (release protocol, B), step by step; every decision is on record before it is told.
 
 1. nonce: given out here, for this role, not expired; taken for good whatever comes of the attempt
-2. evidence: authentic, addressed to us, over this nonce (cloister.guest.evidence)
+2. evidence: authentic, addressed to us, over this nonce, of a platform and TD that the policy accepts
+   (cloister.guest.evidence)
 3. certificate request: signed by the very TLS key of the quote
-4. appraisal (appraise.py): welcome, and who
+4. appraisal (appraise.py): welcome, and who; not on the deny-list
 5. certificate and attestation result, bound to each other
 
 Attest enrols itself through the same steps: there is no other way to a certificate.
@@ -15,27 +16,35 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-import cloister
 from cloister import ear
 from cloister.api.attest.v1 import attest_pb2
 from cloister.api.common.v1 import evidence_pb2
 from cloister.errors import CloisterError, Code
-from cloister.guest.evidence import Checklist, EvidenceRefused, VerifiedEvidence, verify_evidence
+from cloister.guest.evidence import (
+    Checklist,
+    EvidenceRefused,
+    EvidenceVerifier,
+    Expected,
+    Trail,
+    VerifiedEvidence,
+)
+from cloister.guest.verdictbundle import VERIFIER_ID, collateral_digest
 from cloister.identity import Role, SpiffeId
 from cloister.protocol import NONCE_SIZE, combined_nonce
 from cloister.runtime.logging import get_logger
-from cloister.tdx.verify import TrustRoot
 from cloister.tlv import sha384
-from cloister_attest.appraise import Appraisal, AppraisalPolicy, appraise
+from cloister_attest.appraise import AppraisalPolicy, appraise
 from cloister_attest.authority import Authority, Issued
+from cloister_attest.denylist import DenyList, Fact, facts_of
 from cloister_attest.nonces import Nonces
 from cloister_attest.registry import Registry
 from cloister_attest.requests import RequestedKey, read_request
-from cloister_attest.verdicts import Verdict, Verdicts
+from cloister_attest.results import Course, references_digest, tee_claims, workload_claims
+from cloister_attest.verdicts import Grounds, Verdict, Verdicts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,24 +65,32 @@ class Enrolment:
         *,
         authority: Authority,
         policy: AppraisalPolicy,
-        roots: Sequence[TrustRoot],
+        verifier: EvidenceVerifier,
         users: Mapping[bytes, SpiffeId],
         registry: Registry,
         verdicts: Verdicts,
+        denials: DenyList,
         terms: Terms,
         clock: Callable[[], datetime],
     ) -> None:
         """`users` maps the SHA-256 of a public key (SubjectPublicKeyInfo, DER) to its holder."""
         self._authority = authority
         self._policy = policy
-        self._roots = tuple(roots)
+        self._verifier = verifier
         self._users = dict(users)
         self._registry = registry
         self._verdicts = verdicts
+        self._denials = denials
         self._terms = terms
         self._clock = clock
         self._nonces = Nonces(terms.nonce)
+        self._own_facts: frozenset[Fact] = frozenset()
         self._self_id = SpiffeId.service(policy.trust_domain, Role.ATTEST)
+
+    @property
+    def own_facts(self) -> frozenset[Fact]:
+        """What could be denied about attest itself, once it has enrolled."""
+        return self._own_facts
 
     def trust_bundle(self) -> bytes:
         """Return the trust bundle of this CA epoch, canonical JSON."""
@@ -98,19 +115,21 @@ class Enrolment:
     async def attest(self, request: attest_pb2.AttestRequest) -> attest_pb2.AttestResponse:
         """Verify, appraise, issue; raise CloisterError that names the failed check."""
         checklist, now, claimed = Checklist(), self._clock(), request.evidence.role[:32]
-        evidence: VerifiedEvidence | None = None
+        course: Course | None = None
         try:
-            self._take_nonce(request, checklist, now)  # 1
-            evidence = await self._verify(request, checklist, now)  # 2
+            nonce = self._take_nonce(request, checklist, now)  # 1
+            expected = Expected(nonce, str(self._self_id), self._policy.trust_domain)
+            course = Course(expected, len(checklist.checks), 0, Trail())
+            evidence = await self._verify(request, course, checklist, now)  # 2
             requested = read_request(request.csr_der, checklist)  # 3
             checklist.require_equal("csr.key", Code.CSR_INVALID, wanted=evidence.tls_spki_der, got=requested.spki_der)
-            appraisal = await self._appraise(evidence, checklist)  # 4
+            who = await self._appraise(evidence, checklist)  # 4
+            await self._require_not_denied(who, checklist, evidence)
         except EvidenceRefused as refusal:
-            simulated = evidence is not None and evidence.quote.simulated
-            await self._record(claimed, checklist, None, now=now, simulated=simulated, evidence=request.evidence)
+            await self._record(claimed, checklist, None, now=now, course=course, evidence=request.evidence)
             self._log_refusal(claimed, refusal)
             raise refusal.public("this TD does not get an identity") from None
-        return await self._issue(request, evidence, requested, appraisal, checklist, now)  # 5
+        return await self._issue(request, evidence, requested, who, course, checklist, now)  # 5
 
     async def issue_user(
         self, request: attest_pb2.IssueUserCertificateRequest
@@ -125,6 +144,7 @@ class Enrolment:
             if user is None:
                 checklist.refuse("user.registered", code, wanted=wanted, got=fingerprint.hex())
             checklist.require("user.registered", True, code, wanted=wanted, got=fingerprint.hex())
+            await self._require_not_denied(user, checklist)
         except EvidenceRefused as refusal:
             await self._record(Role.USER, checklist, None, now=now)
             self._log_refusal(Role.USER, refusal)
@@ -139,7 +159,8 @@ class Enrolment:
             certificate_not_after_unix_s=int(issued.not_after.timestamp()),
         )
 
-    def _take_nonce(self, request: attest_pb2.AttestRequest, checklist: Checklist, now: datetime) -> None:
+    def _take_nonce(self, request: attest_pb2.AttestRequest, checklist: Checklist, now: datetime) -> bytes:
+        """Return the nonce that the quote must be over."""
         code, wanted = Code.NONCE_UNKNOWN, "a nonce of Challenge, not used before"
         taken = self._nonces.take(request.challenge_nonce)
         if taken is None:
@@ -159,44 +180,53 @@ class Enrolment:
             wanted=f"none, or {NONCE_SIZE} bytes",
             got=f"{size} bytes",
         )
+        return combined_nonce(request.challenge_nonce, request.relying_party_nonce)
 
-    async def _verify(self, request: attest_pb2.AttestRequest, checklist: Checklist, now: datetime) -> VerifiedEvidence:
-        return await asyncio.to_thread(
-            verify_evidence,
-            request.evidence,
-            nonce=combined_nonce(request.challenge_nonce, request.relying_party_nonce),
-            audience=str(self._self_id),
-            trust_domain=self._policy.trust_domain,
-            roots=self._roots,
-            now=now,
-            checklist=checklist,
-        )
+    async def _verify(
+        self, request: attest_pb2.AttestRequest, course: Course, checklist: Checklist, now: datetime
+    ) -> VerifiedEvidence:
+        try:
+            return await self._verifier.verify(
+                request.evidence, course.expected, now=now, checklist=checklist, trail=course.trail
+            )
+        finally:
+            course.ended = len(checklist.checks)
 
-    async def _appraise(self, evidence: VerifiedEvidence, checklist: Checklist) -> Appraisal:
+    async def _appraise(self, evidence: VerifiedEvidence, checklist: Checklist) -> SpiffeId:
         rank, place = evidence.workload.rank, evidence.workload.backend
         job = await self._registry.job(rank.job) if rank else None
         backend = await self._registry.backend(place.tenant, place.model, place.backend) if place else None
-        return appraise(evidence, policy=self._policy, job=job, backend=backend, checklist=checklist)
+        return appraise(evidence.workload, policy=self._policy, job=job, backend=backend, checklist=checklist)
+
+    async def _require_not_denied(
+        self, who: SpiffeId, checklist: Checklist, evidence: VerifiedEvidence | None = None
+    ) -> None:
+        denial = await self._denials.first(facts_of(who, evidence))
+        got = "not on it" if denial is None else f"{denial.kind} {denial.value}"
+        wanted = "nothing that is on the deny-list"
+        checklist.require("not-denied", denial is None, Code.DENY_LISTED, wanted=wanted, got=got)
+        if who == self._self_id:
+            self._own_facts = frozenset(facts_of(who, evidence))
 
     async def _issue(
         self,
         request: attest_pb2.AttestRequest,
         evidence: VerifiedEvidence,
         requested: RequestedKey,
-        appraisal: Appraisal,
+        who: SpiffeId,
+        course: Course,
         checklist: Checklist,
         now: datetime,
     ) -> attest_pb2.AttestResponse:
-        who = appraisal.spiffe_id
         issued = self._authority.issue(who, requested.public_key, life=self._terms.svid, now=now)
-        result = self._result(request, evidence, appraisal, issued, now)
+        result = self._result(request, evidence, course, issued, now)
         token = ear.issue(result, key=self._authority.token_key, key_id=self._authority.token_key_id)
-        simulated = evidence.quote.simulated
-        await self._record(who.role, checklist, who, now=now, simulated=simulated, evidence=request.evidence)
+        await self._record(who.role, checklist, who, now=now, course=course, evidence=request.evidence)
         get_logger().info(
             "enrolment accepted",
             spiffe_id=str(who),
-            simulated=simulated,
+            simulated=evidence.verdict.simulated,
+            tcb_status=str(evidence.verdict.status),
             result_id=result.token_id,
             not_after=issued.not_after.isoformat(),
             checks=len(checklist.checks),
@@ -214,11 +244,11 @@ class Enrolment:
         self,
         request: attest_pb2.AttestRequest,
         evidence: VerifiedEvidence,
-        appraisal: Appraisal,
+        course: Course,
         issued: Issued,
         now: datetime,
     ) -> ear.Ear:
-        who, workload, body = appraisal.spiffe_id, evidence.workload, evidence.quote.quote.body
+        collateral = course.trail.collateral
         issued_at = now.replace(microsecond=0)
         return ear.Ear(
             issuer=str(self._self_id),
@@ -229,35 +259,20 @@ class Enrolment:
             nonces=tuple(nonce.hex() for nonce in (request.challenge_nonce, request.relying_party_nonce) if nonce),
             certificate_sha256=hashlib.sha256(issued.leaf_der).digest(),
             hpke_key_digest=sha384(evidence.hpke_public_key),
-            spiffe_id=str(who),
-            status=appraisal.status,
-            trustworthiness=appraisal.trustworthiness,
-            tee=ear.TeeClaims(
-                mr_td=body.mr_td,
-                mr_seam=body.mr_seam,
-                rtmrs=body.rtmrs,
-                debug=False,  # a TD under debug was refused
-                simulated=evidence.quote.simulated,
-                fmspc=evidence.quote.fmspc,
-                piid=evidence.quote.platform_instance_id,
-            ),
-            workload=ear.WorkloadClaims(
-                role=workload.role,
-                environment=workload.environment,
-                trust_bundle=workload.trust_bundle,
-                script=workload.script,
-                config=workload.config,
-                datasets=workload.datasets,
-                tenant=who.tenant,
-                job=who.job,
-                rank=workload.rank.rank if workload.rank else None,
-                world_size=workload.rank.world_size if workload.rank else None,
-                model=who.model,
-                backend=who.backend,
-            ),
+            spiffe_id=str(issued.spiffe_id),
+            status=evidence.appraisal.status,
+            trustworthiness=evidence.appraisal.trustworthiness,
+            tee=tee_claims(evidence),
+            workload=workload_claims(evidence, issued.spiffe_id),
             policy_digest=self._policy.digest,
-            verifier_id=f"cloister-attest/{cloister.__version__}",
-            inputs={"quote": sha384(request.evidence.quote), "event_log": sha384(request.evidence.event_log)},
+            verifier_id=VERIFIER_ID,
+            inputs={
+                "quote": sha384(request.evidence.quote),
+                "event_log": sha384(request.evidence.event_log),
+                "collateral": collateral_digest(collateral) if collateral else b"",
+                "policy": self._verifier.policy.digest,
+                "references": references_digest(self._verifier),
+            },
         )
 
     async def _record(
@@ -267,25 +282,29 @@ class Enrolment:
         who: SpiffeId | None,
         *,
         now: datetime,
-        simulated: bool = False,
+        course: Course | None = None,
         evidence: evidence_pb2.Evidence | None = None,
     ) -> None:
-        await self._verdicts.add(
-            Verdict(
-                time=now,
-                role=role,
-                tenant=who.tenant if who else "",
-                spiffe_id=str(who) if who else "",
-                accepted=who is not None,
-                simulated=simulated,
-                checks=checklist.checks,
-                quote_digest=sha384(evidence.quote) if evidence else b"",
-                event_log_digest=sha384(evidence.event_log) if evidence else b"",
-            )
+        grounds: Grounds | None = None
+        if course is not None and evidence is not None:
+            args = (evidence, self._verifier, checklist.checks)
+            grounds = await asyncio.to_thread(course.grounds, *args, now=now, who=who)
+        verdict = Verdict(
+            time=now,
+            role=role,
+            tenant=who.tenant if who else "",
+            spiffe_id=str(who) if who else "",
+            accepted=who is not None,
+            # Everything under a development root is, whatever became of it.
+            simulated=course is not None and course.trail.platform is not None and self._verifier.root.simulated,
+            checks=checklist.checks,
+            quote_digest=sha384(evidence.quote) if evidence else b"",
+            event_log_digest=sha384(evidence.event_log) if evidence else b"",
         )
+        await self._verdicts.add(verdict, grounds)
 
     def _log_refusal(self, role: str, refusal: EvidenceRefused) -> None:
-        failed = refusal.checks[-1]
+        failed = refusal.failed
         get_logger().warning(
             "enrolment refused",
             role=role,

@@ -49,6 +49,30 @@ MIGRATIONS: Final = (
     CREATE INDEX verdicts_by_identity ON verdicts (spiffe_id, number);
     CREATE INDEX verdicts_by_outcome ON verdicts (accepted, number);
     """,
+    """
+    CREATE TABLE inputs (
+        digest BLOB PRIMARY KEY,
+        content BLOB NOT NULL
+    ) STRICT;
+    CREATE TABLE grounds (
+        number INTEGER PRIMARY KEY,
+        accepted INTEGER NOT NULL,
+        bundle BLOB NOT NULL,
+        collateral BLOB REFERENCES inputs (digest),
+        policy BLOB NOT NULL REFERENCES inputs (digest)
+    ) STRICT;
+    CREATE INDEX grounds_by_outcome ON grounds (accepted, number);
+    """,
+    """
+    CREATE TABLE denials (
+        kind TEXT NOT NULL,
+        value TEXT NOT NULL,
+        reason TEXT NOT NULL,
+        operator TEXT NOT NULL,
+        time_unix_ms INTEGER NOT NULL,
+        PRIMARY KEY (kind, value)
+    ) STRICT;
+    """,
 )
 
 

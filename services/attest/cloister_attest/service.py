@@ -15,6 +15,7 @@ from cloister.runtime.guard import CallerTable
 from cloister.runtime.server import Mounted
 from cloister.tdx.workload import MAX_WORLD_SIZE
 from cloister_attest.enrolment import Enrolment
+from cloister_attest.identities import IDENTITY_CALLERS
 from cloister_attest.ratelimit import RateLimit
 from cloister_attest.registry import Registry
 from cloister_attest.verdicts import Verdict, Verdicts
@@ -34,6 +35,8 @@ CALLERS: Final[CallerTable] = {
     f"/{_PACKAGE}.RegistryService/RegisterBackend": frozenset({Role.GATEWAY}),
     f"/{_PACKAGE}.RegistryService/CloseBackend": frozenset({Role.GATEWAY}),
     f"/{_PACKAGE}.VerdictService/ListVerdicts": _SERVICES | {Role.USER},
+    f"/{_PACKAGE}.VerdictService/GetVerdictBundle": _SERVICES | {Role.USER},
+    **IDENTITY_CALLERS,
     **EVIDENCE_CALLERS,
 }
 
@@ -117,13 +120,24 @@ class VerdictServicer(attest_pb2_grpc.VerdictServiceServicer):
     async def ListVerdicts(
         self, request: attest_pb2.ListVerdictsRequest, _context: Any
     ) -> attest_pb2.ListVerdictsResponse:
-        caller = current_caller().spiffe_id
         found = await self._verdicts.newest(
-            limit=min(request.limit or 50, 1000),
-            spiffe_id=request.spiffe_id,
-            tenant=caller.tenant if caller.role is Role.USER else None,
+            limit=min(request.limit or 50, 1000), spiffe_id=request.spiffe_id, tenant=_tenant()
         )
         return attest_pb2.ListVerdictsResponse(verdicts=[_to_wire(verdict) for verdict in found])
+
+    async def GetVerdictBundle(
+        self, request: attest_pb2.GetVerdictBundleRequest, _context: Any
+    ) -> attest_pb2.GetVerdictBundleResponse:
+        if not 0 < request.id < 2**63:
+            raise _invalid("id", "the id of a verdict")
+        bundle = await self._verdicts.bundle(request.id, tenant=_tenant())
+        return attest_pb2.GetVerdictBundleResponse(bundle=bundle)
+
+
+def _tenant() -> str | None:
+    """Return the tenant that the caller is confined to, None for services."""
+    caller = current_caller().spiffe_id
+    return caller.tenant if caller.role is Role.USER else None
 
 
 def enrolment_services(enrolment: Enrolment, rate_limit: RateLimit) -> list[Mounted]:
@@ -157,6 +171,8 @@ def _to_wire(verdict: Verdict) -> attest_pb2.Verdict:
         accepted=verdict.accepted,
         simulated=verdict.simulated,
         checks=[attest_pb2.Check(name=c.name, ok=c.ok, wanted=c.wanted, got=c.got) for c in verdict.checks],
+        id=verdict.number,
+        has_bundle=verdict.has_grounds,
     )
 
 

@@ -9,38 +9,49 @@ would protect nothing (`tee`, `workload.script`) are required. docs/release-poli
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Final
 
-from cloister.errors import CloisterError, Code
+from cloister.errors import CloisterError
 from cloister.hpke import KEM_MLKEM768_X25519
 from cloister.identity import Role, SpiffeId, is_name
 from cloister.keyuri import KeyUri
-from cloister.strictyaml import Document, StrictYamlError, Value, load
-from cloister.tlv import sha384
-from cloister_keybroker.blocks import BlockReader, refuse
+from cloister.policyblocks import (
+    API_VERSION,
+    TCB_STATUSES,
+    BlockReader,
+    canonical,
+    digest_of,
+    digest_text,
+    parse_advisory,
+    parse_digest,
+    parse_hex,
+    read_document,
+    refuse,
+)
+from cloister.strictyaml import Document
 from cloister_keybroker.keys import Purpose
 
-API_VERSION: Final = "cloister.dev/v1"
+__all__ = [
+    "MEASUREMENTS",
+    "SEALED_EVENT",
+    "TCB_STATUSES",
+    "WRAPS",
+    "ReleasePolicy",
+    "SpiffeGlob",
+    "canonical",
+    "digest_of",
+    "digest_text",
+    "parse_digest",
+    "parse_policy",
+]
+
 KIND: Final = "ReleasePolicy"
 WRAPS: Final[Mapping[str, int]] = {"hpke-x25519-mlkem768": KEM_MLKEM768_X25519}
 # RTMR3 is not here: it grows with every key a TD receives; `workload` says what went into it.
 MEASUREMENTS: Final = ("mr_td", "mr_seam", "rtmr0", "rtmr1", "rtmr2")
-# Intel's TCB status names (Intel TDX DCAP Quoting Library API); Revoked can never be allowed.
-TCB_STATUSES: Final = (
-    "UpToDate",
-    "SWHardeningNeeded",
-    "ConfigurationNeeded",
-    "ConfigurationAndSWHardeningNeeded",
-    "OutOfDate",
-    "OutOfDateConfigurationNeeded",
-    "TDRelaunchAdvised",
-    "TDRelaunchAdvisedConfigurationNeeded",
-)
 SEALED_EVENT: Final = "cloister.workload.sealed"
 
 _MAX_AGE_DEFAULT: Final = timedelta(minutes=5)
@@ -131,45 +142,7 @@ class ReleasePolicy:
 
 def parse_policy(data: bytes) -> ReleasePolicy:
     """Parse a release policy (YAML, at most 64 KiB); raise CloisterError(POLICY_INVALID) for anything else."""
-    try:
-        document = load(data)
-    except StrictYamlError as error:
-        raise CloisterError(
-            Code.POLICY_INVALID,
-            what=f"the release policy is not YAML of the accepted form: {error}",
-            why="the policy was not put in force",
-            todo="see docs/release-policy.md, section Form",
-        ) from None
-    return _policy(document)
-
-
-def digest_of(value: Value) -> bytes:
-    """Return SHA-384 of the RFC 8785 form of an all-strings document (48 bytes)."""
-    return sha384(canonical(value).encode())
-
-
-def canonical(value: Value) -> str:
-    """Return the RFC 8785 form: no spaces, members sorted by UTF-16 code units, ECMAScript's escapes.
-
-    For strings without lone surrogates Python's escapes are ECMAScript's.
-    """
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, list):
-        return "[" + ",".join(canonical(item) for item in value) + "]"
-    members = sorted(value.items(), key=lambda member: member[0].encode("utf-16-be"))
-    return "{" + ",".join(f"{canonical(name)}:{canonical(item)}" for name, item in members) + "}"
-
-
-def digest_text(digest: bytes) -> str:
-    """Write a digest as policies do."""
-    return f"sha384:{digest.hex()}"
-
-
-def parse_digest(text: str) -> bytes | None:
-    """Read sha384:<96 hex digits>, lower case."""
-    found = re.fullmatch(r"sha384:([0-9a-f]{96})", text, re.ASCII)
-    return bytes.fromhex(found[1]) if found else None
+    return _policy(read_document(data, what="release policy", manual="docs/release-policy.md"))
 
 
 def _policy(document: Document) -> ReleasePolicy:
@@ -240,7 +213,7 @@ def _tee(block: BlockReader) -> TeeRule:
         collateral.end()
     platforms, piids = block.optional("platforms"), None
     if platforms:
-        piids = platforms.each("piid", lambda text: _hex(text, 16), "32 hexadecimal digits in lower case")
+        piids = platforms.each("piid", lambda text: parse_hex(text, 16), "32 hexadecimal digits in lower case")
         platforms.end()
     block.end()
     return TeeRule(simulated == "allow", _tcb(tcb) if tcb else None, max_age, piids)
@@ -251,7 +224,7 @@ def _tcb(block: BlockReader) -> TcbRule:
     min_date = block.day("min_date") if block.has("min_date") else None
     advisories, allowed = block.optional("advisories"), None
     if advisories:
-        allowed = advisories.each("allow", _advisory, "an advisory such as INTEL-SA-00837", may_be_empty=True)
+        allowed = advisories.each("allow", parse_advisory, "an advisory such as INTEL-SA-00837", may_be_empty=True)
         advisories.end()
     block.end()
     return TcbRule(statuses, min_date, allowed)
@@ -260,7 +233,9 @@ def _tcb(block: BlockReader) -> TcbRule:
 def _measurements(block: BlockReader | None) -> Mapping[str, tuple[bytes, ...]]:
     if block is None:
         return {}
-    rules = {name: block.each(name, lambda text: _hex(text, 48), _REGISTER) for name in MEASUREMENTS if block.has(name)}
+    rules = {
+        name: block.each(name, lambda text: parse_hex(text, 48), _REGISTER) for name in MEASUREMENTS if block.has(name)
+    }
     block.end()
     if not rules:
         block.refuse("mr_td", "the block is empty", f"name at least one of: {', '.join(MEASUREMENTS)}")
@@ -310,15 +285,6 @@ def _release(block: BlockReader | None) -> tuple[tuple[int, ...], int | None, ti
         lease = block.duration("lease", timedelta(minutes=1), timedelta(days=365))
     block.end()
     return tuple(WRAPS[name] for name in wrap), max_per_job, lease
-
-
-def _hex(text: str, size: int) -> bytes | None:
-    found = re.fullmatch(r"[0-9a-f]+", text, re.ASCII)
-    return bytes.fromhex(text) if found and len(text) == 2 * size else None
-
-
-def _advisory(text: str) -> str | None:
-    return text if re.fullmatch(r"INTEL-SA-[0-9]{5}", text, re.ASCII) else None
 
 
 def _uri(text: str) -> KeyUri | None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Final
 
-from cloister.ear import AFFIRMING, Ear, TokenRejected
+from cloister.ear import AFFIRMING, WARNING, Ear, TokenRejected
 from cloister.errors import CloisterError, Code
 from cloister.hpke import KEM_MLKEM768_X25519
 from cloister.identity import SpiffeId
@@ -112,11 +112,11 @@ def decide(
     nonce = _text_block("nonce", not problem, f"{wanted}, for this request", problem or wanted)
     if isinstance(ear, TokenRejected):
         return Decision((*blocks, _text_block("token", False, f"token.{ear.check}", ear.reason), nonce))
-    blocks += [*_token(request, ear, caller), nonce]
+    blocks += [*_token(request, ear, caller, policy), nonce]
     if policy is None or key is None:
         return Decision((*blocks, _text_block("policy", False, "a release policy in force", "none")))
     blocks += _policy(request, policy, key)
-    blocks += _tee(ear, policy)
+    blocks += _tee(ear, policy, now)
     blocks += _measured(ear, policy)
     blocks += _evidence(request, ear, policy, now)
     blocks += _release(request, policy, counters)
@@ -178,7 +178,7 @@ def _role(caller: Peer) -> Block:
     return _text_block("caller", ok, "a rank or a backend", str(caller.spiffe_id))
 
 
-def _token(request: Request, ear: Ear, caller: Peer) -> Iterable[Block]:
+def _token(request: Request, ear: Ear, caller: Peer, policy: ReleasePolicy | None) -> Iterable[Block]:
     """Step 3: the token is about this caller, this channel and the key that will be sealed to."""
     yield _text_block("token", True, "an authentic, current token", ear.token_id)
     subject = str(caller.spiffe_id)
@@ -189,7 +189,11 @@ def _token(request: Request, ear: Ear, caller: Peer) -> Iterable[Block]:
     public = sha384(request.hpke_public_key)
     same = hmac.compare_digest(ear.hpke_key_digest, public)
     yield _text_block("token.hpke_key", same, digest_text(ear.hpke_key_digest), digest_text(public))
-    yield _text_block("token.status", ear.status == AFFIRMING, AFFIRMING, ear.status)
+    # attest warns of a platform that is not up to date, and of collateral that is old. That passes where the policy
+    # itself says which of both will do; its blocks below decide.
+    explicit = policy is not None and policy.tee.tcb is not None and policy.tee.collateral_max_age is not None
+    statuses = (AFFIRMING, WARNING) if explicit else (AFFIRMING,)
+    yield _text_block("token.status", ear.status in statuses, " or ".join(statuses), ear.status)
 
 
 def _policy(request: Request, policy: ReleasePolicy, key: KeyRecord) -> Iterable[Block]:
@@ -208,7 +212,7 @@ def _policy(request: Request, policy: ReleasePolicy, key: KeyRecord) -> Iterable
     yield _text_block("policy.key.purposes", request.purpose in policy.purposes, wanted, request.purpose.value)
 
 
-def _tee(ear: Ear, policy: ReleasePolicy) -> Iterable[Block]:
+def _tee(ear: Ear, policy: ReleasePolicy, now: datetime) -> Iterable[Block]:
     """Step 6, `tee`: attest issues tokens for TDX only, and the token's shape says so."""
     yield _text_block("tee.type", True, "tdx", "tdx")
     yield _text_block("tee.debug", not ear.tee.debug, "no debug TD", "debug TD" if ear.tee.debug else "no debug TD")
@@ -231,8 +235,13 @@ def _tee(ear: Ear, policy: ReleasePolicy) -> Iterable[Block]:
             wanted = "no others than " + (", ".join(tcb.advisories) or "none")
             yield _text_block("tee.tcb.advisories", ok, wanted, got)
     if policy.tee.collateral_max_age is not None:
-        # No claim of a token states when collateral was issued: a missing claim is a denial.
-        yield _text_block("tee.collateral.max_age", False, f"at most {policy.tee.collateral_max_age}", _MISSING)
+        issued = _moment(ear.tee.collateral_issued)
+        age = None if issued is None else now - issued
+        # Signed in the future is no age at all.
+        ok = age is not None and -_CLOCK_SKEW <= age <= policy.tee.collateral_max_age
+        wanted = f"signed at most {policy.tee.collateral_max_age} ago"
+        got = ear.tee.collateral_issued or _MISSING if age is None else f"{age} ago"
+        yield _text_block("tee.collateral.max_age", ok, wanted, got)
     if policy.tee.platforms is not None:
         yield _one_of("tee.platforms.piid", ear.tee.piid, policy.tee.platforms)
 
@@ -257,7 +266,7 @@ def _measured(ear: Ear, policy: ReleasePolicy) -> Iterable[Block]:
         yield _text_block("workload.datasets", ok, wanted, got)
     if rule.sealed:
         # attest issues no token for an event log in which anything but received keys follows the seal.
-        ok = ear.status == AFFIRMING
+        ok = ear.status in (AFFIRMING, WARNING)
         yield _text_block("workload.no_events_after", ok, SEALED_EVENT, SEALED_EVENT if ok else ear.status)
     if policy.identities is not None:
         ok = any(glob.matches(ear.spiffe_id) for glob in policy.identities)
@@ -304,3 +313,12 @@ def _day(text: str | None) -> date | None:
         return date.fromisoformat((text or "")[:10])
     except ValueError:
         return None
+
+
+def _moment(text: str | None) -> datetime | None:
+    """Return a time of ISO 8601 with its zone, None for anything else."""
+    try:
+        moment = datetime.fromisoformat(text or "")
+    except ValueError:
+        return None
+    return moment if moment.tzinfo is not None else None

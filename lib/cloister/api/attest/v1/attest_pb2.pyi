@@ -8,6 +8,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,31 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _DenialKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DenialKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DenialKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DENIAL_KIND_UNSPECIFIED: _DenialKind.ValueType  # 0
+    DENIAL_KIND_IDENTITY: _DenialKind.ValueType  # 1
+    """A SPIFFE id."""
+    DENIAL_KIND_PLATFORM: _DenialKind.ValueType  # 2
+    """FMSPC, PIID or PPID."""
+    DENIAL_KIND_MEASUREMENT: _DenialKind.ValueType  # 3
+    """SHA-384 of MRTD, MRSEAM, RTMR0 to RTMR2, code, environment, configuration or data set."""
+
+class DenialKind(_DenialKind, metaclass=_DenialKindEnumTypeWrapper): ...
+
+DENIAL_KIND_UNSPECIFIED: DenialKind.ValueType  # 0
+DENIAL_KIND_IDENTITY: DenialKind.ValueType  # 1
+"""A SPIFFE id."""
+DENIAL_KIND_PLATFORM: DenialKind.ValueType  # 2
+"""FMSPC, PIID or PPID."""
+DENIAL_KIND_MEASUREMENT: DenialKind.ValueType  # 3
+"""SHA-384 of MRTD, MRSEAM, RTMR0 to RTMR2, code, environment, configuration or data set."""
+Global___DenialKind: _TypeAlias = DenialKind  # noqa: Y015
 
 @_typing.final
 class ChallengeRequest(_message.Message):
@@ -453,12 +479,18 @@ class Verdict(_message.Message):
     ACCEPTED_FIELD_NUMBER: _builtins.int
     SIMULATED_FIELD_NUMBER: _builtins.int
     CHECKS_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    HAS_BUNDLE_FIELD_NUMBER: _builtins.int
     time_unix_ms: _builtins.int
     role: _builtins.str
     spiffe_id: _builtins.str
     """Empty when the enrolment was refused before an identity was found."""
     accepted: _builtins.bool
     simulated: _builtins.bool
+    id: _builtins.int
+    """For GetVerdictBundle; increases with time."""
+    has_bundle: _builtins.bool
+    """What the verdict was made from is kept."""
     @_builtins.property
     def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Check]: ...
     def __init__(
@@ -470,14 +502,56 @@ class Verdict(_message.Message):
         accepted: _builtins.bool = ...,
         simulated: _builtins.bool = ...,
         checks: _abc.Iterable[Global___Check] | None = ...,
+        id: _builtins.int = ...,
+        has_bundle: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "checks", b"checks", "role", b"role", "simulated", b"simulated", "spiffe_id", b"spiffe_id", "time_unix_ms", b"time_unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "checks", b"checks", "has_bundle", b"has_bundle", "id", b"id", "role", b"role", "simulated", b"simulated", "spiffe_id", b"spiffe_id", "time_unix_ms", b"time_unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
+
+@_typing.final
+class GetVerdictBundleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Verdict.id."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetVerdictBundleRequest: _TypeAlias = GetVerdictBundleRequest  # noqa: Y015
+
+@_typing.final
+class GetVerdictBundleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    bundle: _builtins.bytes
+    """JSON, format "cloister-verdict-1", at most 3 MiB."""
+    def __init__(
+        self,
+        *,
+        bundle: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetVerdictBundleResponse: _TypeAlias = GetVerdictBundleResponse  # noqa: Y015
 
 @_typing.final
 class Check(_message.Message):
@@ -507,3 +581,155 @@ class Check(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Check: _TypeAlias = Check  # noqa: Y015
+
+@_typing.final
+class DenyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    kind: Global___DenialKind.ValueType
+    value: _builtins.str
+    """A SPIFFE id, or hexadecimal."""
+    reason: _builtins.str
+    """Printable, at most 200 characters."""
+    def __init__(
+        self,
+        *,
+        kind: Global___DenialKind.ValueType = ...,
+        value: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "reason", b"reason", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DenyRequest: _TypeAlias = DenyRequest  # noqa: Y015
+
+@_typing.final
+class DenyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DenyResponse: _TypeAlias = DenyResponse  # noqa: Y015
+
+@_typing.final
+class ReadmitRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    kind: Global___DenialKind.ValueType
+    value: _builtins.str
+    def __init__(
+        self,
+        *,
+        kind: Global___DenialKind.ValueType = ...,
+        value: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadmitRequest: _TypeAlias = ReadmitRequest  # noqa: Y015
+
+@_typing.final
+class ReadmitResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAS_DENIED_FIELD_NUMBER: _builtins.int
+    was_denied: _builtins.bool
+    def __init__(
+        self,
+        *,
+        was_denied: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["was_denied", b"was_denied"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadmitResponse: _TypeAlias = ReadmitResponse  # noqa: Y015
+
+@_typing.final
+class ListDenialsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDenialsRequest: _TypeAlias = ListDenialsRequest  # noqa: Y015
+
+@_typing.final
+class ListDenialsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DENIALS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def denials(self) -> _containers.RepeatedCompositeFieldContainer[Global___Denial]:
+        """At most 10,000; newest first."""
+
+    def __init__(
+        self,
+        *,
+        denials: _abc.Iterable[Global___Denial] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["denials", b"denials"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDenialsResponse: _TypeAlias = ListDenialsResponse  # noqa: Y015
+
+@_typing.final
+class Denial(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    OPERATOR_FIELD_NUMBER: _builtins.int
+    TIME_UNIX_MS_FIELD_NUMBER: _builtins.int
+    kind: Global___DenialKind.ValueType
+    value: _builtins.str
+    reason: _builtins.str
+    operator: _builtins.str
+    """SPIFFE id of whoever denied it."""
+    time_unix_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        kind: Global___DenialKind.ValueType = ...,
+        value: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        operator: _builtins.str = ...,
+        time_unix_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "operator", b"operator", "reason", b"reason", "time_unix_ms", b"time_unix_ms", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Denial: _TypeAlias = Denial  # noqa: Y015

@@ -452,6 +452,11 @@ class VerdictServiceStub:
                 request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListVerdictsRequest.SerializeToString,
                 response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListVerdictsResponse.FromString,
                 _registered_method=True)
+        self.GetVerdictBundle = channel.unary_unary(
+                '/cloister.api.attest.v1.VerdictService/GetVerdictBundle',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetVerdictBundleRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetVerdictBundleResponse.FromString,
+                _registered_method=True)
 
 
 class VerdictServiceServicer:
@@ -464,6 +469,13 @@ class VerdictServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetVerdictBundle(self, request, context):
+        """One verdict with everything it was made from, so that it can be made again offline.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VerdictServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -471,6 +483,11 @@ def add_VerdictServiceServicer_to_server(servicer, server):
                     servicer.ListVerdicts,
                     request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListVerdictsRequest.FromString,
                     response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListVerdictsResponse.SerializeToString,
+            ),
+            'GetVerdictBundle': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetVerdictBundle,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetVerdictBundleRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetVerdictBundleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -501,6 +518,195 @@ class VerdictService:
             '/cloister.api.attest.v1.VerdictService/ListVerdicts',
             cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListVerdictsRequest.SerializeToString,
             cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListVerdictsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetVerdictBundle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.VerdictService/GetVerdictBundle',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetVerdictBundleRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetVerdictBundleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class IdentityServiceStub:
+    """Who is not let in any more. For users whom attest's configuration calls operators.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Deny = channel.unary_unary(
+                '/cloister.api.attest.v1.IdentityService/Deny',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.DenyRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.DenyResponse.FromString,
+                _registered_method=True)
+        self.Readmit = channel.unary_unary(
+                '/cloister.api.attest.v1.IdentityService/Readmit',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ReadmitRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ReadmitResponse.FromString,
+                _registered_method=True)
+        self.ListDenials = channel.unary_unary(
+                '/cloister.api.attest.v1.IdentityService/ListDenials',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListDenialsRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListDenialsResponse.FromString,
+                _registered_method=True)
+
+
+class IdentityServiceServicer:
+    """Who is not let in any more. For users whom attest's configuration calls operators.
+    """
+
+    def Deny(self, request, context):
+        """Give no certificate any more to an identity, or to anything on a platform or with a measurement.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Readmit(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDenials(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_IdentityServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Deny': grpc.unary_unary_rpc_method_handler(
+                    servicer.Deny,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.DenyRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.DenyResponse.SerializeToString,
+            ),
+            'Readmit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Readmit,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ReadmitRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ReadmitResponse.SerializeToString,
+            ),
+            'ListDenials': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDenials,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListDenialsRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListDenialsResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'cloister.api.attest.v1.IdentityService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('cloister.api.attest.v1.IdentityService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class IdentityService:
+    """Who is not let in any more. For users whom attest's configuration calls operators.
+    """
+
+    @staticmethod
+    def Deny(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.IdentityService/Deny',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.DenyRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.DenyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Readmit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.IdentityService/Readmit',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ReadmitRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ReadmitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDenials(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.IdentityService/ListDenials',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListDenialsRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListDenialsResponse.FromString,
             options,
             channel_credentials,
             insecure,

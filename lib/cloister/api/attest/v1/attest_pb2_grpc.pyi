@@ -156,6 +156,8 @@ class VerdictServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> VerdictServiceAsyncStub: ...
     ListVerdicts: _grpc.UnaryUnaryMultiCallable[_attest_pb2.ListVerdictsRequest, _attest_pb2.ListVerdictsResponse]
+    GetVerdictBundle: _grpc.UnaryUnaryMultiCallable[_attest_pb2.GetVerdictBundleRequest, _attest_pb2.GetVerdictBundleResponse]
+    """One verdict with everything it was made from, so that it can be made again offline."""
 
 @_typing.type_check_only
 class VerdictServiceAsyncStub(VerdictServiceStub):
@@ -163,6 +165,8 @@ class VerdictServiceAsyncStub(VerdictServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListVerdicts: _aio.UnaryUnaryMultiCallable[_attest_pb2.ListVerdictsRequest, _attest_pb2.ListVerdictsResponse]  # type: ignore[assignment]
+    GetVerdictBundle: _aio.UnaryUnaryMultiCallable[_attest_pb2.GetVerdictBundleRequest, _attest_pb2.GetVerdictBundleResponse]  # type: ignore[assignment]
+    """One verdict with everything it was made from, so that it can be made again offline."""
 
 class VerdictServiceServicer(metaclass=_abc_1.ABCMeta):
     """Verdicts of the past, for operators and reports. Read-only."""
@@ -174,4 +178,61 @@ class VerdictServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_attest_pb2.ListVerdictsResponse, _abc.Awaitable[_attest_pb2.ListVerdictsResponse]]: ...
 
+    @_abc_1.abstractmethod
+    def GetVerdictBundle(
+        self,
+        request: _attest_pb2.GetVerdictBundleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.GetVerdictBundleResponse, _abc.Awaitable[_attest_pb2.GetVerdictBundleResponse]]:
+        """One verdict with everything it was made from, so that it can be made again offline."""
+
 def add_VerdictServiceServicer_to_server(servicer: VerdictServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class IdentityServiceStub:
+    """Who is not let in any more. For users whom attest's configuration calls operators."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> IdentityServiceAsyncStub: ...
+    Deny: _grpc.UnaryUnaryMultiCallable[_attest_pb2.DenyRequest, _attest_pb2.DenyResponse]
+    """Give no certificate any more to an identity, or to anything on a platform or with a measurement."""
+    Readmit: _grpc.UnaryUnaryMultiCallable[_attest_pb2.ReadmitRequest, _attest_pb2.ReadmitResponse]
+    ListDenials: _grpc.UnaryUnaryMultiCallable[_attest_pb2.ListDenialsRequest, _attest_pb2.ListDenialsResponse]
+
+@_typing.type_check_only
+class IdentityServiceAsyncStub(IdentityServiceStub):
+    """Who is not let in any more. For users whom attest's configuration calls operators."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Deny: _aio.UnaryUnaryMultiCallable[_attest_pb2.DenyRequest, _attest_pb2.DenyResponse]  # type: ignore[assignment]
+    """Give no certificate any more to an identity, or to anything on a platform or with a measurement."""
+    Readmit: _aio.UnaryUnaryMultiCallable[_attest_pb2.ReadmitRequest, _attest_pb2.ReadmitResponse]  # type: ignore[assignment]
+    ListDenials: _aio.UnaryUnaryMultiCallable[_attest_pb2.ListDenialsRequest, _attest_pb2.ListDenialsResponse]  # type: ignore[assignment]
+
+class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Who is not let in any more. For users whom attest's configuration calls operators."""
+
+    @_abc_1.abstractmethod
+    def Deny(
+        self,
+        request: _attest_pb2.DenyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.DenyResponse, _abc.Awaitable[_attest_pb2.DenyResponse]]:
+        """Give no certificate any more to an identity, or to anything on a platform or with a measurement."""
+
+    @_abc_1.abstractmethod
+    def Readmit(
+        self,
+        request: _attest_pb2.ReadmitRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.ReadmitResponse, _abc.Awaitable[_attest_pb2.ReadmitResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListDenials(
+        self,
+        request: _attest_pb2.ListDenialsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.ListDenialsResponse, _abc.Awaitable[_attest_pb2.ListDenialsResponse]]: ...
+
+def add_IdentityServiceServicer_to_server(servicer: IdentityServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,15 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a policy document block by block: every key taken by type, none left over, errors with path and line."""
+"""Read a policy document block by block: every key taken by type, none left over, errors with path and line.
+
+Release policies (keybroker) and appraisal policies (attest) are such documents.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from datetime import date, timedelta
 from typing import Final, NoReturn, TypeVar
 
 from cloister.errors import CloisterError, Code
-from cloister.strictyaml import Document, Path, Value, path_text
+from cloister.strictyaml import Document, Path, StrictYamlError, Value, load, path_text
+from cloister.tlv import sha384
+
+API_VERSION: Final = "cloister.dev/v1"
+# Intel's TCB status names (Intel TDX DCAP Quoting Library API); Revoked can never be allowed.
+TCB_STATUSES: Final = (
+    "UpToDate",
+    "SWHardeningNeeded",
+    "ConfigurationNeeded",
+    "ConfigurationAndSWHardeningNeeded",
+    "OutOfDate",
+    "OutOfDateConfigurationNeeded",
+    "TDRelaunchAdvised",
+    "TDRelaunchAdvisedConfigurationNeeded",
+)
 
 _T = TypeVar("_T")
 _DURATION: Final = re.compile(r"([1-9][0-9]{0,4})([smhd])", re.ASCII)
@@ -30,6 +48,15 @@ class BlockReader:
 
     def _refuse(self, path: Path, why: str, todo: str) -> NoReturn:
         refuse(self._document, path, why, todo)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Keys that nobody took yet."""
+        return tuple(self._members)
+
+    def is_block(self, name: str) -> bool:
+        """Say whether a key holds a block, where a list or a text is allowed, too."""
+        return isinstance(self._members.get(name), dict)
 
     def has(self, name: str) -> bool:
         """Say whether a key is there, and that it may be."""
@@ -151,3 +178,56 @@ def _show(value: timedelta) -> str:
         if seconds % _UNITS[unit] == 0:
             return f"{seconds // _UNITS[unit]}{unit}"
     return f"{seconds}s"
+
+
+def read_document(data: bytes, *, what: str, manual: str) -> Document:
+    """Parse YAML of the accepted form (at most 64 KiB); raise CloisterError(POLICY_INVALID) for anything else."""
+    try:
+        return load(data)
+    except StrictYamlError as error:
+        raise CloisterError(
+            Code.POLICY_INVALID,
+            what=f"the {what} is not YAML of the accepted form: {error}",
+            why="the policy was not put in force",
+            todo=f"see {manual}, section Form",
+        ) from None
+
+
+def digest_of(value: Value) -> bytes:
+    """Return SHA-384 of the RFC 8785 form of an all-strings document (48 bytes)."""
+    return sha384(canonical(value).encode())
+
+
+def canonical(value: Value) -> str:
+    """Return the RFC 8785 form: no spaces, members sorted by UTF-16 code units, ECMAScript's escapes.
+
+    For strings without lone surrogates Python's escapes are ECMAScript's.
+    """
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list):
+        return "[" + ",".join(canonical(item) for item in value) + "]"
+    members = sorted(value.items(), key=lambda member: member[0].encode("utf-16-be"))
+    return "{" + ",".join(f"{canonical(name)}:{canonical(item)}" for name, item in members) + "}"
+
+
+def digest_text(digest: bytes) -> str:
+    """Write a digest as policies do."""
+    return f"sha384:{digest.hex()}"
+
+
+def parse_digest(text: str) -> bytes | None:
+    """Read sha384:<96 hex digits>, lower case."""
+    found = re.fullmatch(r"sha384:([0-9a-f]{96})", text, re.ASCII)
+    return bytes.fromhex(found[1]) if found else None
+
+
+def parse_hex(text: str, size: int) -> bytes | None:
+    """Read so many bytes in hexadecimal, lower case."""
+    found = re.fullmatch(r"[0-9a-f]+", text, re.ASCII)
+    return bytes.fromhex(text) if found and len(text) == 2 * size else None
+
+
+def parse_advisory(text: str) -> str | None:
+    """Read the name of an advisory."""
+    return text if re.fullmatch(r"INTEL-SA-[0-9]{5}", text, re.ASCII) else None

@@ -5,13 +5,14 @@
 
 Attest and the simulated platform are processes of their own, as users run them. The TDs are objects of this process
 with their keys made beforehand; each enrolment is what the guest library does: challenge, quote, request, two fresh TLS
-connections, and every check of the answer. Client and attest share the machine's cores, so that attest's own CPU time is
-shown beside its rate.
+connections, and every check of the answer. Client and attest share the machine's cores, so attest's own CPU time stands
+beside its rate.
 
 steady  1, 16, 128 TDs that enrol over and over; the rate limit is out of the way
 burst   1,000 TDs that start together behind one address, with the rate limit as it is delivered
-flood   one address sends garbage quotes as fast as it is answered, with the rate limit as delivered; the enrolment that
-        is timed comes from another address (127.0.0.2, through a relay, with and without the flood)
+flood   one address sends 32, 128, 200 quotes at once that verify and are over something else, and others as soon as
+        they are answered, with the rate limit as delivered; the enrolment that is timed comes from another address
+        (127.0.0.2, through a relay, with and without the flood)
 """
 
 from __future__ import annotations
@@ -173,7 +174,8 @@ async def flooder(bench: Bench, in_flight: int) -> AsyncIterator[dict[str, float
         sys.executable, __file__, "--as-flooder", json.dumps(spec),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    assert process.stdin and process.stdout
+    assert process.stdin
+    assert process.stdout
     answers: dict[str, float] = {}
     try:
         await process.stdout.readline()  # it floods

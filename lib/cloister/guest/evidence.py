@@ -145,7 +145,7 @@ class EvidenceVerifier:
         collateral = await self._collateral(family, checklist, trail)
         return await self._aside(self._judge, evidence, role, quote, collateral, now, checklist)
 
-    async def _aside(self, work: Callable[[Unpack[_Args]], _T], *args: Unpack[_Args]) -> _T:
+    async def _aside(self, work: Callable[[Unpack[_Args]], _T], *args: *_Args) -> _T:
         """Run `work` on a worker, never on the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, work, *args)
 

@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -42,6 +42,7 @@ from cloister.tdx.pckchain import load_pck_chain
 from cloister.tdx.pckextension import PckExtension
 from cloister.tdx.quote import Quote, TdBody
 from cloister.tdx.trustroot import TrustRoot
+from cloister.tdx.verifier import Verifier
 from cloister.tdx.workload import BackendClaim, DatasetClaim, RankClaim
 from cloister_attest.appraise import AppraisalPolicy
 from cloister_attest.authority import Authority
@@ -132,6 +133,7 @@ class LocalAttest:
         kept_bundles: int = 1000,
         policy: TdPolicy = STRICT,
         references: Sequence[ReferenceSet] = (),
+        quotes: Callable[[TrustRoot], Verifier] | None = None,
     ) -> None:
         self.clock = Clock()
         self.platform = SimulatedPlatform.create(directory / "platform")
@@ -141,7 +143,9 @@ class LocalAttest:
         self.verdicts = Verdicts(self.database, limit=kept_verdicts, grounds_limit=kept_bundles)
         self.denials = DenyList(self.database)
         self.source = PlatformCollateral(self.platform, self.clock)
-        self.verifier = EvidenceVerifier(self.root, self.source, policy=policy, references=references)
+        self.verifier = EvidenceVerifier(
+            self.root, self.source, policy=policy, references=references, quotes=quotes and quotes(self.root)
+        )
         self.user_key = ec.generate_private_key(ec.SECP256R1())
         self.user_id = SpiffeId.of_user(trust_domain, tenant="hospital-a", user="alice")
         services = {role: frozenset({SCRIPT}) for role in Role if role.is_service}
@@ -298,6 +302,9 @@ class AttestProcess:
     def verifier(self) -> EvidenceVerifier:
         """An owner's own verifier, with the platform's collateral."""
         return EvidenceVerifier(self.root, OfflineCollateral(self.directory / "platform/collateral", root=self.root))
+
+    def pid(self, name: str) -> int:
+        return self._processes[name].pid
 
     def log(self) -> str:
         return self.log_file.read_text() if self.log_file.exists() else ""

@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Final, NoReturn, Protocol, Self
+from typing import Any, Final, NoReturn, Protocol, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -35,6 +36,10 @@ from cloister.secret import SecretBytes
 from cloister.tlv import sha384
 
 _CALL_TIMEOUT_S: Final = 20.0
+# A thousand TDs behind one address take half a minute at the rate that attest grants an address.
+_BUSY_FOR_S: Final = 60.0
+_BUSY_WAIT_S: Final = 0.25
+_BUSY_LAST_WAIT_S: Final = 4.0
 _FIRST_RETRY_S: Final = 0.5
 _LAST_RETRY_S: Final = 30.0
 # A stack that started together must not renew together.
@@ -57,24 +62,40 @@ class EnrolmentTransport(Protocol):
 
 
 class RemoteEnrolment:
-    """Attest over TLS that authenticates attest alone; a new connection each time, since it is rare."""
+    """Attest over TLS that authenticates attest alone; a new connection each time, since it is rare.
 
-    def __init__(self, endpoint: str, bundle: TrustBundle) -> None:
+    A call that attest is too busy for is made again: it was turned away before anything was done about it.
+    """
+
+    def __init__(
+        self, endpoint: str, bundle: TrustBundle, *, busy_for_s: float = _BUSY_FOR_S, first_wait_s: float = _BUSY_WAIT_S
+    ) -> None:
+        """Put up with a busy attest for `busy_for_s` seconds a call, waiting `first_wait_s` and then longer."""
         self._endpoint, self._bundle = endpoint, bundle
+        self._busy_for_s, self._first_wait_s = busy_for_s, first_wait_s
 
     async def challenge(self, request: attest_pb2.ChallengeRequest) -> attest_pb2.ChallengeResponse:
-        async with open_enrolment_channel(self._endpoint, bundle=self._bundle) as channel:
-            method = attest_pb2_grpc.EnrolmentServiceStub(channel).Challenge
-            what = "ask attest for a nonce"
-            response: attest_pb2.ChallengeResponse = await invoke(method, request, timeout_s=_CALL_TIMEOUT_S, what=what)
-            return response
+        response: attest_pb2.ChallengeResponse = await self._call("Challenge", request, "ask attest for a nonce")
+        return response
 
     async def attest(self, request: attest_pb2.AttestRequest) -> attest_pb2.AttestResponse:
+        response: attest_pb2.AttestResponse = await self._call("Attest", request, "enrol with attest")
+        return response
+
+    async def _call(self, name: str, request: Any, what: str) -> Any:
+        end = time.monotonic() + self._busy_for_s
+        wait_s = self._first_wait_s
         async with open_enrolment_channel(self._endpoint, bundle=self._bundle) as channel:
-            method = attest_pb2_grpc.EnrolmentServiceStub(channel).Attest
-            what = "enrol with attest"
-            response: attest_pb2.AttestResponse = await invoke(method, request, timeout_s=_CALL_TIMEOUT_S, what=what)
-            return response
+            method = getattr(attest_pb2_grpc.EnrolmentServiceStub(channel), name)
+            while True:
+                try:
+                    return await invoke(method, request, timeout_s=_CALL_TIMEOUT_S, what=what)
+                except CloisterError as error:
+                    pause_s = wait_s * (0.5 + 0.5 * _JITTER())
+                    if error.code is not Code.RATE_LIMITED or time.monotonic() + pause_s > end:
+                        raise
+                await asyncio.sleep(pause_s)
+                wait_s = min(2 * wait_s, _BUSY_LAST_WAIT_S)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeVar, TypeVarTuple, Unpack
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
@@ -66,6 +67,8 @@ __all__ = [
 _MAX_SPKI: Final = 512  # a P-256 SubjectPublicKeyInfo has 91 bytes
 _NONCE_SIZES: Final = (32, 48)
 _MAX_PLATFORMS: Final = 4096  # whose family is remembered; about 100 bytes each
+_T = TypeVar("_T")
+_Args = TypeVarTuple("_Args")
 _Family = tuple[bytes, PckCa]  # FMSPC and CA
 _CAS: Final = dict(zip(CA_NAMES, (PckCa.PLATFORM, PckCa.PROCESSOR), strict=True))
 
@@ -113,12 +116,16 @@ class EvidenceVerifier:
         *,
         policy: TdPolicy = STRICT,
         references: Iterable[ReferenceSet] = (),
+        quotes: Verifier | None = None,
+        workers: Executor | None = None,
     ) -> None:
+        """`quotes` verifies under the same root; `workers` run what costs CPU time, by default the loop's threads."""
         self.root = root
         self.policy = policy
         self.references = {found.name: found for found in references}
         self._source = source
-        self._verifier = Verifier([root])
+        self._verifier = quotes or Verifier([root])
+        self._workers = workers
         # Families by the SHA-256 of a chain that verified: a success holds at all times, since it only names.
         self._platforms: dict[bytes, _Family] = {}
 
@@ -133,10 +140,14 @@ class EvidenceVerifier:
     ) -> VerifiedEvidence:
         """Return what the evidence proves; raise EvidenceRefused with all checks made so far."""
         trail = trail or Trail()
-        role, quote, family = await asyncio.to_thread(self._platform, evidence, expected, checklist)
+        role, quote, family = await self._aside(self._platform, evidence, expected, checklist)
         trail.platform = family
         collateral = await self._collateral(family, checklist, trail)
-        return await asyncio.to_thread(self._judge, evidence, role, quote, collateral, now, checklist)
+        return await self._aside(self._judge, evidence, role, quote, collateral, now, checklist)
+
+    async def _aside(self, work: Callable[[Unpack[_Args]], _T], *args: *_Args) -> _T:
+        """Run `work` on a worker, never on the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work, *args)
 
     def _platform(
         self, evidence: evidence_pb2.Evidence, expected: Expected, checklist: Checklist

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -47,10 +48,12 @@ from cloister_attest.jwks import JwksServer
 from cloister_attest.ratelimit import RateLimit
 from cloister_attest.registry import MIGRATIONS, Registry
 from cloister_attest.results import td_policy_digest
-from cloister_attest.service import CALLERS, ENROLMENT_CALLERS, enrolment_services, services
+from cloister_attest.service import CALLERS, ENROLMENT_CALLERS, ENROLMENT_LIMITS, enrolment_services, services
 from cloister_attest.verdicts import Verdicts
 
 _DRAIN_S = 5.0
+# Verification is Python and holds the interpreter: more threads would only take turns, and the event loop one of them.
+_WORKERS = 2
 _T = TypeVar("_T")
 
 
@@ -153,6 +156,7 @@ async def _serve(
         credentials=identity,
         services=enrolment_services(enrolment, rate_limit),
         callers=ENROLMENT_CALLERS,
+        limits=ENROLMENT_LIMITS,
         health=health,
         metrics=metrics,
         reflection=config.service.reflection,
@@ -216,7 +220,8 @@ def _root(config: AttestConfig) -> TrustRoot:
 def _verifier(config: AttestConfig, root: TrustRoot, source: CollateralSource) -> EvidenceVerifier:
     path = config.appraisal.policy
     policy: TdPolicy = STRICT if path is None else _parsed(path, parse_td_policy)
-    return EvidenceVerifier(root, source, policy=policy, references=_references(config))
+    workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="verification")
+    return EvidenceVerifier(root, source, policy=policy, references=_references(config), workers=workers)
 
 
 def _references(config: AttestConfig) -> list[ReferenceSet]:

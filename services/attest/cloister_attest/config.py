@@ -58,7 +58,8 @@ class AttestSection(ConfigModel):
     user_ttl_s: int = Field(default=12 * 3600, ge=60, le=12 * 3600)
     nonce_ttl_s: int = Field(default=60, ge=1, le=300)
     # Calls one address may make on the enrolment port before it has an identity: so many at once, then so many a
-    # second. One enrolment is two calls; a job of 64 ranks on one host starts within the burst.
+    # second; those of the second ahead wait for it, the rest is refused, and TDs come again. One enrolment is two
+    # calls: a job of 64 ranks on one host starts within the burst, 1,000 TDs behind one address take half a minute.
     calls_per_s: float = Field(default=50.0, gt=0, le=10_000)
     calls_burst: int = Field(default=400, ge=1, le=100_000)
     # How many verdicts are kept, accepted and refused apart, so that refusals cannot push out what was accepted.

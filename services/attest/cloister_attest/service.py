@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from cloister.api.attest.v1 import attest_pb2, attest_pb2_grpc
@@ -12,6 +14,7 @@ from cloister.guest.evidence_service import EVIDENCE_CALLERS
 from cloister.identity import Role, is_name
 from cloister.runtime.caller import current_caller
 from cloister.runtime.guard import CallerTable
+from cloister.runtime.limits import Limits
 from cloister.runtime.server import Mounted
 from cloister.tdx.workload import MAX_WORLD_SIZE
 from cloister_attest.enrolment import Enrolment
@@ -23,6 +26,11 @@ from cloister_attest.workloads import Backend, Job
 
 _DIGEST_SIZE: Final = 48
 _PACKAGE: Final = "cloister.api.attest.v1"
+MAX_HELD: Final = 256  # refused calls that are answered late, at once
+_HELD_S: Final = 1.0
+# Calls that wait cost a place, not time: there are more places than those that wait can take. The largest message is
+# evidence with a quote of 64 KiB and a log of 1 MiB; all places with it together are 640 MiB.
+ENROLMENT_LIMITS: Final = Limits(max_concurrent_rpcs=512, max_message_bytes=5 * 256 * 1024)
 _SERVICES: Final = frozenset(role for role in Role if role.is_service)
 
 ENROLMENT_CALLERS: Final[CallerTable] = {
@@ -44,29 +52,48 @@ CALLERS: Final[CallerTable] = {
 class EnrolmentServicer(attest_pb2_grpc.EnrolmentServiceServicer):
     """The open port: callers have no identity yet, so each call is counted against its address first."""
 
-    def __init__(self, enrolment: Enrolment, rate_limit: RateLimit) -> None:
+    def __init__(
+        self, enrolment: Enrolment, rate_limit: RateLimit, *, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
+    ) -> None:
         self._enrolment = enrolment
         self._rate_limit = rate_limit
+        self._pause = pause
+        self._held = 0
 
     async def Challenge(self, request: attest_pb2.ChallengeRequest, context: Any) -> attest_pb2.ChallengeResponse:
-        self._rate_limit.spend(context.peer())
+        await self._admit(context)
         return await self._enrolment.challenge(request)
 
     async def Attest(self, request: attest_pb2.AttestRequest, context: Any) -> attest_pb2.AttestResponse:
-        self._rate_limit.spend(context.peer())
+        await self._admit(context)
         return await self._enrolment.attest(request)
 
     async def IssueUserCertificate(
         self, request: attest_pb2.IssueUserCertificateRequest, context: Any
     ) -> attest_pb2.IssueUserCertificateResponse:
-        self._rate_limit.spend(context.peer())
+        await self._admit(context)
         return await self._enrolment.issue_user(request)
 
     async def GetTrustBundle(
         self, _request: attest_pb2.GetTrustBundleRequest, context: Any
     ) -> attest_pb2.GetTrustBundleResponse:
-        self._rate_limit.spend(context.peer())
+        await self._admit(context)
         return attest_pb2.GetTrustBundleResponse(trust_bundle=self._enrolment.trust_bundle())
+
+    async def _admit(self, context: Any) -> None:
+        try:
+            wait_s = self._rate_limit.spend(context.peer())
+        except CloisterError:
+            # To refuse costs as much as to serve: whoever would call again at once is kept until it matters less.
+            if self._held < MAX_HELD:
+                self._held += 1
+                try:
+                    await self._pause(_HELD_S)
+                finally:
+                    self._held -= 1
+            raise
+        if wait_s:
+            await self._pause(wait_s)
 
 
 class RegistryServicer(attest_pb2_grpc.RegistryServiceServicer):

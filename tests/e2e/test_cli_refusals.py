@@ -68,6 +68,48 @@ def test_the_untouched_directory_trains(running: Shell, sealed: Path, tmp_path: 
     assert (tmp_path / "out" / "model" / "model.safetensors.sealed").exists()
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT as `save_pretrained` leaves it, with the characters of the sample as vocabulary."""
+    from transformers import BertConfig, BertModel
+
+    directory = tmp_path_factory.mktemp("bert")
+    generate_sample(directory / "words", rows=72)
+    words = sorted({c for path in (directory / "words").iterdir() for c in path.read_text() if not c.isspace()})
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    BertModel(config).save_pretrained(directory / "model")
+    (directory / "model" / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    return directory / "model"
+
+
+def test_a_job_starts_from_a_local_checkpoint_which_is_sealed_first(
+    running: Shell, sealed: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    arguments = ["--input", f"reviews={sealed}", "--output", tmp_path / "out", "--output-key", OUT_KEY, "--follow"]
+    told = running.run("train", "submit", *arguments, "--model", checkpoint, "--", *TINY).err
+    assert "job succeeded" in told
+    assert (tmp_path / "out-base-model" / "model.safetensors.sealed").exists()
+    # 24 is the checkpoint's width, 16 that of a new model by these arguments.
+    weights = (checkpoint / "model.safetensors").stat().st_size
+    trained = (tmp_path / "out" / "model" / "model.safetensors.sealed").stat().st_size
+    assert trained == pytest.approx(weights, rel=0.25)
+    again = [*arguments[:3], tmp_path / "again", *arguments[4:], "--model", tmp_path / "out-base-model", "--", *TINY]
+    assert "job succeeded" in running.run("train", "submit", *again).err
+
+
+def test_a_checkpoint_of_pickled_weights_is_refused(
+    running: Shell, sealed: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    pickled = Path(shutil.copytree(checkpoint, tmp_path / "pickled"))
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    arguments = ["--input", f"reviews={sealed}", "--output", tmp_path / "out", "--output-key", OUT_KEY, "--follow"]
+    told = running.run("train", "submit", *arguments, "--model", pickled, "--", *TINY, expect=6).err
+    assert "pickle" in told
+
+
 def test_a_flipped_bit_in_a_sealed_file_names_the_file(running: Shell, sealed: Path, tmp_path: Path) -> None:
     directory = copy_of(sealed, tmp_path)
     flip(directory / "train.tsv.sealed", -100)

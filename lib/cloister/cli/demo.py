@@ -53,6 +53,9 @@ def demo(
     data: Annotated[
         Path | None, typer.Option("--data", help="Your own train.tsv, dev.tsv, test.tsv; default: a generated sample.")
     ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="BERT or PERT checkpoint to start from.")
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the stack up when the story is over.")] = False,
     report: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Where the report goes.")] = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1, max=64, help="Training ranks.")] = 2,
@@ -72,6 +75,7 @@ def demo(
         state=directory,
         output=Output(as_json=json),
         data=existing_directory(data, what="the data") if data else None,
+        checkpoint=existing_directory(model, what="the checkpoint") if model else None,
         nodes=nodes,
         rows=rows,
         seed=seed,
@@ -89,6 +93,7 @@ class Run:
     state: StateDirectory
     output: Output
     data: Path | None
+    checkpoint: Path | None
     nodes: int
     rows: int
     seed: int
@@ -250,7 +255,7 @@ async def _training(run: Run, session: Session, scratch: Path, *, model_uri: str
     from cloister.cli.demodata import SPLITS
     from cloister.cli.follow import follow_job, raise_unless_succeeded
     from cloister.cli.measure import job_script_path
-    from cloister.cli.train import JobRequest, get_job, submit_job
+    from cloister.cli.train import JobRequest, get_job, submit_job, with_checkpoint
 
     run.chapter(3, f"Training on {run.nodes} attested ranks")
     preset = "sample" if run.data is None else "chnsenticorp"
@@ -264,6 +269,8 @@ async def _training(run: Run, session: Session, scratch: Path, *, model_uri: str
         seed=run.seed,
         args=("--preset", preset, *run.args),
     )
+    if run.checkpoint:
+        request = await with_checkpoint(session, request, run.checkpoint, run.output)
     with run.timed(f"the job, start to end ({run.rows_by_file.get(SPLITS[0], 0):,} rows)"):
         job_id = await submit_job(session, request)
         run.say(f"job {job_id}")

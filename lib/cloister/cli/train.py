@@ -6,10 +6,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from cloister.cli.session import Session
 
 app = typer.Typer(help="Training jobs.", no_args_is_help=True)
+
+CHECKPOINT: Final = "base-model"  # the input that --model makes
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `train list` shows it.")]
 
@@ -58,6 +60,10 @@ def submit(
     input: Annotated[list[str] | None, typer.Option("--input", metavar="NAME=DIR", help="Sealed directory.")] = None,
     output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Where sealed results go.")] = None,
     output_key: Annotated[str, typer.Option("--output-key", metavar="URI", help="Key to seal results with.")] = "",
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", metavar="DIR", help="BERT or PERT checkpoint to start from, plain or sealed."),
+    ] = None,
     name: Annotated[str, typer.Option("--name", help="A name to recognise the job by.")] = "",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 1,
     core: Annotated[list[int] | None, typer.Option("--core", help="Core of each rank, in order of rank.")] = None,
@@ -81,10 +87,12 @@ def submit(
         cores=tuple(core or ()),
         args=context.meta[JOB_ARGUMENTS],
     )
+    checkpoint = existing_directory(model, what="the checkpoint") if model else None
     printer = Output(as_json=json)
 
     async def work(session: Session) -> None:
-        job_id = await submit_job(session, request)
+        wanted = await with_checkpoint(session, request, checkpoint, printer) if checkpoint else request
+        job_id = await submit_job(session, wanted)
         if not follow:
             printer.result({"job_id": job_id}, lambda console: console.print(job_id, markup=False))
             return
@@ -92,6 +100,40 @@ def submit(
         await _follow_to_the_end(session, job_id, printer)
 
     in_session(state, work)
+
+
+async def with_checkpoint(session: Session, request: JobRequest, directory: Path, printer: Output) -> JobRequest:
+    """Return the request with a checkpoint as an input of its own.
+
+    A plain one is sealed beside the output, under its key: storage could change it on its way to the ranks, and a
+    model that starts from a doctored checkpoint is not the owner's.
+    """
+    from cloister.cli.sealing import seal_directory
+    from cloister.sealed.manifest import MANIFEST_NAME
+
+    if CHECKPOINT in request.inputs:
+        raise CloisterError(
+            Code.ARGUMENT_INVALID,
+            what=f"--model and an input named {CHECKPOINT} do not go together",
+            why="--model makes an input of this name",
+            todo="give the input another name, or leave --model out",
+        )
+    if not (directory / MANIFEST_NAME).exists():
+        if request.output is None:
+            raise CloisterError(
+                Code.ARGUMENT_INVALID,
+                what="--model with a plain checkpoint needs --output and --output-key",
+                why="the checkpoint is sealed beside the output, under its key, before the job reads it",
+                todo="give both, or seal the checkpoint with `cloister seal` and name the sealed directory",
+            )
+        target = request.output.with_name(f"{request.output.name}-{CHECKPOINT}")
+        sealed = await seal_directory(
+            session, directory, target, key_uri=request.output_key, dataset=CHECKPOINT, output=printer
+        )
+        printer.note(f"sealed the checkpoint in {sealed['directory']}")
+        directory = target
+    inputs = {**request.inputs, CHECKPOINT: directory}
+    return replace(request, inputs=inputs, args=("--model", CHECKPOINT, *request.args))
 
 
 @app.command(name="list")

@@ -33,9 +33,8 @@ def run_script(script: bytes, *, name: str, args: Sequence[str]) -> None:
         if end.code not in (None, 0):
             what = f"the script ended with exit code {end.code}"
             raise CloisterError(Code.RANK_FAILED, what=what, why="", todo="read the rank's log") from None
-    except CloisterError as error:
-        _print(error)
-        raise
+    except CloisterError:
+        raise  # it says itself what happened, why and what to do: a traceback would only hide that
     except BaseException as error:  # noqa: BLE001 - whatever a script raises ends the job with its own words
         _print(error)
         raise _failure(error) from None

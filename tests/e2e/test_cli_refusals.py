@@ -187,6 +187,14 @@ def test_nothing_is_sealed_with_another_tenants_key(running: Shell, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_drafted_policy_is_one_that_the_broker_takes(running: Shell, tmp_path: Path) -> None:
+    uri = "cloister-key://demo/models/drafted"
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(running.json("key", "draft-policy", uri, "--purpose", "train", "--purpose", "serve")["policy"])
+    assert running.run("key", "draft-policy", uri, "--purpose", "train", "--purpose", "serve").out == policy.read_text()
+    assert running.json("key", "create", uri, "--policy", policy)["policy_version"] == 1
+
+
 def test_a_key_is_created_once(running: Shell, sealed: Path) -> None:
     error = running.json("key", "create", DATA_KEY, "--purpose", "train", expect=6)["error"]
     assert error["code"] == "CLO-1302"

@@ -134,6 +134,7 @@ def draft_policy(
     ] = None,
     simulated: Annotated[bool, typer.Option("--simulated", help="Let evidence of simulated TDs pass.")] = False,
     state: State = None,
+    json: Json = False,
 ) -> None:
     """Print a strict policy for your own jobs and models to start from; needs no running broker."""
     from cloister.cli.measure import digest_of_file, environment_digest, handler_path, job_script_path
@@ -157,7 +158,8 @@ def draft_policy(
         environments=[environment_digest()],
         simulated=simulated,
     )
-    Output().stream({}, draft.to_yaml().rstrip("\n"))
+    text = draft.to_yaml()
+    Output(as_json=json).stream({"uri": uri, "policy": text}, text.rstrip("\n"))
 
 
 @app.command()

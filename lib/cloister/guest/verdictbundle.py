@@ -229,10 +229,6 @@ class _Recorded:
         return Collateral.of(self._bundle.collateral)
 
 
-def record_error(error: CloisterError) -> RecordedError:
-    return RecordedError(code=error.code.name, what=error.what, why=error.why, todo=error.todo)
-
-
 def _invalid(why: str) -> CloisterError:
     return CloisterError(
         Code.VERDICT_INVALID,

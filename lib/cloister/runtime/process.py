@@ -44,14 +44,6 @@ def _hold(descriptor: int) -> None:
     os._exit(1)
 
 
-def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when the thread that started it ends (PR_SET_PDEATHSIG; survives execve)."""
-    expected = os.getppid() if parent is None else parent
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != expected:  # it died before the call
-        os._exit(1)
-
-
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent ends, instead of init (PR_SET_CHILD_SUBREAPER)."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)

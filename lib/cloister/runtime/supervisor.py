@@ -166,14 +166,6 @@ class Supervisor:
                 os.close(descriptor)
         self._lifeline_write = self._lifeline_read = -1
 
-    def kill_now(self) -> None:
-        """Kill everything without waiting: for a second Ctrl-C."""
-        self._stopped = True
-        for child in self._children:
-            child.expected_to_end = True
-        for info in family({child.pid for child in self._children}, self._mark):
-            _signal(info.pid, signal.SIGKILL)
-
     def _watch(self, child: Child) -> None:
         # A pidfd becomes readable when the process ends; it works with any event loop and needs no SIGCHLD.
         loop = asyncio.get_running_loop()

@@ -92,9 +92,6 @@ class Decision:
         """The first block that does not hold."""
         return next((block for block in self.blocks if not block.ok), None)
 
-    def with_block(self, block: Block) -> Decision:
-        return Decision((*self.blocks, block), self.lease)
-
 
 def decide(
     request: Request,

@@ -32,7 +32,7 @@ if ! .venv/bin/python -c 'import importlib.metadata as m, sys; sys.exit(not m.ve
     { say "    no CPU build found; taking the ordinary one"; .venv/bin/pip install "${quiet[@]}" 'torch==2.13.0'; }
 fi
 say "3/3 installing Cloister, its services and its tools"
-.venv/bin/pip install "${quiet[@]}" -e '.[train,serve,k8s,dev,bench]'
+.venv/bin/pip install "${quiet[@]}" -e '.[train,serve,k8s,hsm,transit,data,dev,bench]'
 
 rm -f .venv/.setup-*; touch "$stamp"
 say "done in $((SECONDS - started)) s"

@@ -28,12 +28,20 @@ class _KeyStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KeyState.Val
     KEY_STATE_UNSPECIFIED: _KeyState.ValueType  # 0
     KEY_STATE_ENABLED: _KeyState.ValueType  # 1
     KEY_STATE_DISABLED: _KeyState.ValueType  # 2
+    KEY_STATE_DESTRUCTION_SCHEDULED: _KeyState.ValueType  # 3
+    """Released to nobody; destroyed at Key.destroy_at_unix_ms unless that is called off."""
+    KEY_STATE_DESTROYED: _KeyState.ValueType  # 4
+    """Its material is gone; the name stays taken."""
 
 class KeyState(_KeyState, metaclass=_KeyStateEnumTypeWrapper): ...
 
 KEY_STATE_UNSPECIFIED: KeyState.ValueType  # 0
 KEY_STATE_ENABLED: KeyState.ValueType  # 1
 KEY_STATE_DISABLED: KeyState.ValueType  # 2
+KEY_STATE_DESTRUCTION_SCHEDULED: KeyState.ValueType  # 3
+"""Released to nobody; destroyed at Key.destroy_at_unix_ms unless that is called off."""
+KEY_STATE_DESTROYED: KeyState.ValueType  # 4
+"""Its material is gone; the name stays taken."""
 Global___KeyState: _TypeAlias = KeyState  # noqa: Y015
 
 class _Purpose:
@@ -59,6 +67,27 @@ PURPOSE_EXPORT: Purpose.ValueType  # 4
 """Out of any TD, on the owner's machine."""
 Global___Purpose: _TypeAlias = Purpose  # noqa: Y015
 
+class _SealState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SealStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SealState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SEAL_STATE_UNSPECIFIED: _SealState.ValueType  # 0
+    SEAL_STATE_UNINITIALIZED: _SealState.ValueType  # 1
+    """There is no store yet."""
+    SEAL_STATE_SEALED: _SealState.ValueType  # 2
+    SEAL_STATE_UNSEALED: _SealState.ValueType  # 3
+
+class SealState(_SealState, metaclass=_SealStateEnumTypeWrapper): ...
+
+SEAL_STATE_UNSPECIFIED: SealState.ValueType  # 0
+SEAL_STATE_UNINITIALIZED: SealState.ValueType  # 1
+"""There is no store yet."""
+SEAL_STATE_SEALED: SealState.ValueType  # 2
+SEAL_STATE_UNSEALED: SealState.ValueType  # 3
+Global___SealState: _TypeAlias = SealState  # noqa: Y015
+
 @_typing.final
 class Key(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -71,6 +100,12 @@ class Key(_message.Message):
     CREATED_UNIX_MS_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     POLICY_DIGEST_FIELD_NUMBER: _builtins.int
+    MIN_VERSION_FIELD_NUMBER: _builtins.int
+    DESTROY_AT_UNIX_MS_FIELD_NUMBER: _builtins.int
+    SIGNER_FIELD_NUMBER: _builtins.int
+    POLICY_WITHDRAWN_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    IMPORTED_FIELD_NUMBER: _builtins.int
     uri: _builtins.str
     """cloister-key://<tenant>/<path>"""
     version: _builtins.int
@@ -83,6 +118,18 @@ class Key(_message.Message):
     """0 while there is no policy: nothing is released then."""
     policy_digest: _builtins.bytes
     """SHA-384, 48 bytes; empty while there is no policy."""
+    min_version: _builtins.int
+    """Oldest version that still opens what it wrapped."""
+    destroy_at_unix_ms: _builtins.int
+    """Unix milliseconds; 0 unless destruction is scheduled or done."""
+    signer: _builtins.str
+    """did:key of the owner's signing key: policies of this key are signed by it."""
+    policy_withdrawn: _builtins.bool
+    """The policy was withdrawn: nothing is released until its successor is put in force."""
+    backend: _builtins.str
+    """Where the newest version lives, such as "embedded" or "ehsm"."""
+    imported: _builtins.bool
+    """The owner brought the material."""
     @_builtins.property
     def purposes(self) -> _containers.RepeatedScalarFieldContainer[Global___Purpose.ValueType]: ...
     def __init__(
@@ -96,10 +143,16 @@ class Key(_message.Message):
         created_unix_ms: _builtins.int = ...,
         policy_version: _builtins.int = ...,
         policy_digest: _builtins.bytes = ...,
+        min_version: _builtins.int = ...,
+        destroy_at_unix_ms: _builtins.int = ...,
+        signer: _builtins.str = ...,
+        policy_withdrawn: _builtins.bool = ...,
+        backend: _builtins.str = ...,
+        imported: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_unix_ms", b"created_unix_ms", "owner", b"owner", "policy_digest", b"policy_digest", "policy_version", b"policy_version", "purposes", b"purposes", "state", b"state", "uri", b"uri", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "created_unix_ms", b"created_unix_ms", "destroy_at_unix_ms", b"destroy_at_unix_ms", "imported", b"imported", "min_version", b"min_version", "owner", b"owner", "policy_digest", b"policy_digest", "policy_version", b"policy_version", "policy_withdrawn", b"policy_withdrawn", "purposes", b"purposes", "signer", b"signer", "state", b"state", "uri", b"uri", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -112,9 +165,15 @@ class CreateKeyRequest(_message.Message):
     URI_FIELD_NUMBER: _builtins.int
     PURPOSES_FIELD_NUMBER: _builtins.int
     POLICY_YAML_FIELD_NUMBER: _builtins.int
+    POLICY_ENVELOPE_FIELD_NUMBER: _builtins.int
+    PROVISIONING_FIELD_NUMBER: _builtins.int
     uri: _builtins.str
     policy_yaml: _builtins.bytes
-    """Release policy (YAML) put in force with the key; empty means that nothing is released yet."""
+    """Not used any more: policies come signed, in policy_envelope."""
+    policy_envelope: _builtins.bytes
+    """Release policy in a DSSE envelope (JSON), signed by the owner; empty means that nothing is released yet."""
+    provisioning: _builtins.bytes
+    """DSSE envelope (JSON) of the provisioning statement, signed by the owner."""
     @_builtins.property
     def purposes(self) -> _containers.RepeatedScalarFieldContainer[Global___Purpose.ValueType]: ...
     def __init__(
@@ -123,10 +182,12 @@ class CreateKeyRequest(_message.Message):
         uri: _builtins.str = ...,
         purposes: _abc.Iterable[Global___Purpose.ValueType] | None = ...,
         policy_yaml: _builtins.bytes = ...,
+        policy_envelope: _builtins.bytes = ...,
+        provisioning: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_yaml", b"policy_yaml", "purposes", b"purposes", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_envelope", b"policy_envelope", "policy_yaml", b"policy_yaml", "provisioning", b"provisioning", "purposes", b"purposes", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -321,18 +382,24 @@ class PutReleasePolicyRequest(_message.Message):
 
     URI_FIELD_NUMBER: _builtins.int
     POLICY_YAML_FIELD_NUMBER: _builtins.int
+    POLICY_ENVELOPE_FIELD_NUMBER: _builtins.int
     uri: _builtins.str
     policy_yaml: _builtins.bytes
-    """The whole policy; metadata.version must be the present one + 1 and metadata.previous its digest."""
+    """Not used any more: policies come signed, in policy_envelope."""
+    policy_envelope: _builtins.bytes
+    """DSSE envelope (JSON) over the whole policy (YAML), with the signatures of the owner and of the approvers whom the
+    policy in force names; metadata.version must be the present one + 1 and metadata.previous its digest.
+    """
     def __init__(
         self,
         *,
         uri: _builtins.str = ...,
         policy_yaml: _builtins.bytes = ...,
+        policy_envelope: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_yaml", b"policy_yaml", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_envelope", b"policy_envelope", "policy_yaml", b"policy_yaml", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -384,19 +451,23 @@ class GetReleasePolicyResponse(_message.Message):
     POLICY_YAML_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    POLICY_ENVELOPE_FIELD_NUMBER: _builtins.int
     policy_yaml: _builtins.bytes
     version: _builtins.int
     digest: _builtins.bytes
+    policy_envelope: _builtins.bytes
+    """The envelope it came in."""
     def __init__(
         self,
         *,
         policy_yaml: _builtins.bytes = ...,
         version: _builtins.int = ...,
         digest: _builtins.bytes = ...,
+        policy_envelope: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "policy_yaml", b"policy_yaml", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "policy_envelope", b"policy_envelope", "policy_yaml", b"policy_yaml", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -497,12 +568,15 @@ class OpenDataKeyRequest(_message.Message):
     CLIENT_NONCE_FIELD_NUMBER: _builtins.int
     HPKE_KEM_ID_FIELD_NUMBER: _builtins.int
     HPKE_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
     key_uri: _builtins.str
     key_version: _builtins.int
     wrapped: _builtins.bytes
     client_nonce: _builtins.bytes
     hpke_kem_id: _builtins.int
     hpke_public_key: _builtins.bytes
+    manifest_digest: _builtins.bytes
+    """SHA-384 of the manifest that the caller is about to open, 48 bytes; empty for a single file."""
     def __init__(
         self,
         *,
@@ -512,10 +586,11 @@ class OpenDataKeyRequest(_message.Message):
         client_nonce: _builtins.bytes = ...,
         hpke_kem_id: _builtins.int = ...,
         hpke_public_key: _builtins.bytes = ...,
+        manifest_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_nonce", b"client_nonce", "hpke_kem_id", b"hpke_kem_id", "hpke_public_key", b"hpke_public_key", "key_uri", b"key_uri", "key_version", b"key_version", "wrapped", b"wrapped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_nonce", b"client_nonce", "hpke_kem_id", b"hpke_kem_id", "hpke_public_key", b"hpke_public_key", "key_uri", b"key_uri", "key_version", b"key_version", "manifest_digest", b"manifest_digest", "wrapped", b"wrapped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -619,6 +694,7 @@ class ReleaseRequest(_message.Message):
     HPKE_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
     WRAPPED_FIELD_NUMBER: _builtins.int
     GENERATE_FIELD_NUMBER: _builtins.int
+    RENEW_FIELD_NUMBER: _builtins.int
     attestation_result: _builtins.str
     key_uri: _builtins.str
     key_version: _builtins.int
@@ -636,6 +712,10 @@ class ReleaseRequest(_message.Message):
     def generate(self) -> Global___GenerateNew:
         """A new one, for an output of the workload."""
 
+    @_builtins.property
+    def renew(self) -> Global___RenewLease:
+        """None: only a longer lease on what the caller holds."""
+
     def __init__(
         self,
         *,
@@ -649,12 +729,13 @@ class ReleaseRequest(_message.Message):
         hpke_public_key: _builtins.bytes = ...,
         wrapped: _builtins.bytes = ...,
         generate: Global___GenerateNew | None = ...,
+        renew: Global___RenewLease | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["data_key", b"data_key", "generate", b"generate", "wrapped", b"wrapped"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data_key", b"data_key", "generate", b"generate", "renew", b"renew", "wrapped", b"wrapped"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestation_result", b"attestation_result", "broker_nonce", b"broker_nonce", "client_nonce", b"client_nonce", "data_key", b"data_key", "generate", b"generate", "hpke_kem_id", b"hpke_kem_id", "hpke_public_key", b"hpke_public_key", "key_uri", b"key_uri", "key_version", b"key_version", "purpose", b"purpose", "wrapped", b"wrapped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestation_result", b"attestation_result", "broker_nonce", b"broker_nonce", "client_nonce", b"client_nonce", "data_key", b"data_key", "generate", b"generate", "hpke_kem_id", b"hpke_kem_id", "hpke_public_key", b"hpke_public_key", "key_uri", b"key_uri", "key_version", b"key_version", "purpose", b"purpose", "renew", b"renew", "wrapped", b"wrapped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_data_key: _TypeAlias = _typing.Literal["wrapped", "generate"]  # noqa: Y015
+    _WhichOneofReturnType_data_key: _TypeAlias = _typing.Literal["wrapped", "generate", "renew"]  # noqa: Y015
     _WhichOneofArgType_data_key: _TypeAlias = _typing.Literal["data_key", b"data_key"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_data_key) -> _WhichOneofReturnType_data_key | None: ...
 
@@ -674,6 +755,21 @@ class GenerateNew(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateNew: _TypeAlias = GenerateNew  # noqa: Y015
+
+@_typing.final
+class RenewLease(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewLease: _TypeAlias = RenewLease  # noqa: Y015
 
 @_typing.final
 class ReleaseResponse(_message.Message):
@@ -746,6 +842,1329 @@ class Receipt(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
+
+@_typing.final
+class RotateKeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URI_FIELD_NUMBER: _builtins.int
+    uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["uri", b"uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateKeyRequest: _TypeAlias = RotateKeyRequest  # noqa: Y015
+
+@_typing.final
+class RotateKeyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def key(self) -> Global___Key: ...
+    def __init__(
+        self,
+        *,
+        key: Global___Key | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateKeyResponse: _TypeAlias = RotateKeyResponse  # noqa: Y015
+
+@_typing.final
+class RetireVersionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URI_FIELD_NUMBER: _builtins.int
+    MIN_VERSION_FIELD_NUMBER: _builtins.int
+    uri: _builtins.str
+    min_version: _builtins.int
+    """Oldest version that shall still open what it wrapped; it never goes down."""
+    def __init__(
+        self,
+        *,
+        uri: _builtins.str = ...,
+        min_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_version", b"min_version", "uri", b"uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetireVersionsRequest: _TypeAlias = RetireVersionsRequest  # noqa: Y015
+
+@_typing.final
+class RetireVersionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def key(self) -> Global___Key: ...
+    def __init__(
+        self,
+        *,
+        key: Global___Key | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetireVersionsResponse: _TypeAlias = RetireVersionsResponse  # noqa: Y015
+
+@_typing.final
+class ScheduleDestructionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URI_FIELD_NUMBER: _builtins.int
+    WAITING_PERIOD_S_FIELD_NUMBER: _builtins.int
+    uri: _builtins.str
+    waiting_period_s: _builtins.int
+    """Seconds; 0 means 30 days, at least 1 day, at most 365 days."""
+    def __init__(
+        self,
+        *,
+        uri: _builtins.str = ...,
+        waiting_period_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["uri", b"uri", "waiting_period_s", b"waiting_period_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScheduleDestructionRequest: _TypeAlias = ScheduleDestructionRequest  # noqa: Y015
+
+@_typing.final
+class ScheduleDestructionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def key(self) -> Global___Key: ...
+    def __init__(
+        self,
+        *,
+        key: Global___Key | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScheduleDestructionResponse: _TypeAlias = ScheduleDestructionResponse  # noqa: Y015
+
+@_typing.final
+class CancelDestructionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URI_FIELD_NUMBER: _builtins.int
+    uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["uri", b"uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelDestructionRequest: _TypeAlias = CancelDestructionRequest  # noqa: Y015
+
+@_typing.final
+class CancelDestructionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def key(self) -> Global___Key:
+        """Disabled: enable it when that is what you want."""
+
+    def __init__(
+        self,
+        *,
+        key: Global___Key | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelDestructionResponse: _TypeAlias = CancelDestructionResponse  # noqa: Y015
+
+@_typing.final
+class BeginImportRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginImportRequest: _TypeAlias = BeginImportRequest  # noqa: Y015
+
+@_typing.final
+class BeginImportResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NONCE_FIELD_NUMBER: _builtins.int
+    HPKE_KEM_ID_FIELD_NUMBER: _builtins.int
+    HPKE_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    nonce: _builtins.bytes
+    """32 bytes, single use, 60 s."""
+    hpke_kem_id: _builtins.int
+    """HPKE key of the broker; the caller knows it from the broker's evidence."""
+    hpke_public_key: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        nonce: _builtins.bytes = ...,
+        hpke_kem_id: _builtins.int = ...,
+        hpke_public_key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hpke_kem_id", b"hpke_kem_id", "hpke_public_key", b"hpke_public_key", "nonce", b"nonce"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginImportResponse: _TypeAlias = BeginImportResponse  # noqa: Y015
+
+@_typing.final
+class ImportKeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URI_FIELD_NUMBER: _builtins.int
+    PURPOSES_FIELD_NUMBER: _builtins.int
+    POLICY_ENVELOPE_FIELD_NUMBER: _builtins.int
+    PROVISIONING_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    uri: _builtins.str
+    policy_envelope: _builtins.bytes
+    provisioning: _builtins.bytes
+    """DSSE envelope (JSON) of the provisioning statement, signed by the owner: it names the digest of `sealed`."""
+    sealed: _builtins.bytes
+    """32 bytes of key material, HPKE-sealed to the broker; info = TLV "cloister-prov-v1"."""
+    nonce: _builtins.bytes
+    """Nonce of BeginImport."""
+    @_builtins.property
+    def purposes(self) -> _containers.RepeatedScalarFieldContainer[Global___Purpose.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        uri: _builtins.str = ...,
+        purposes: _abc.Iterable[Global___Purpose.ValueType] | None = ...,
+        policy_envelope: _builtins.bytes = ...,
+        provisioning: _builtins.bytes = ...,
+        sealed: _builtins.bytes = ...,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "policy_envelope", b"policy_envelope", "provisioning", b"provisioning", "purposes", b"purposes", "sealed", b"sealed", "uri", b"uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportKeyRequest: _TypeAlias = ImportKeyRequest  # noqa: Y015
+
+@_typing.final
+class ImportKeyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def key(self) -> Global___Key: ...
+    @_builtins.property
+    def receipt(self) -> Global___Receipt: ...
+    def __init__(
+        self,
+        *,
+        key: Global___Key | None = ...,
+        receipt: Global___Receipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportKeyResponse: _TypeAlias = ImportKeyResponse  # noqa: Y015
+
+@_typing.final
+class RewrapDataKeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_URI_FIELD_NUMBER: _builtins.int
+    KEY_VERSION_FIELD_NUMBER: _builtins.int
+    WRAPPED_FIELD_NUMBER: _builtins.int
+    key_uri: _builtins.str
+    key_version: _builtins.int
+    wrapped: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        key_uri: _builtins.str = ...,
+        key_version: _builtins.int = ...,
+        wrapped: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_uri", b"key_uri", "key_version", b"key_version", "wrapped", b"wrapped"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RewrapDataKeyRequest: _TypeAlias = RewrapDataKeyRequest  # noqa: Y015
+
+@_typing.final
+class RewrapDataKeyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WRAPPED_FIELD_NUMBER: _builtins.int
+    KEY_VERSION_FIELD_NUMBER: _builtins.int
+    wrapped: _builtins.bytes
+    key_version: _builtins.int
+    def __init__(
+        self,
+        *,
+        wrapped: _builtins.bytes = ...,
+        key_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_version", b"key_version", "wrapped", b"wrapped"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RewrapDataKeyResponse: _TypeAlias = RewrapDataKeyResponse  # noqa: Y015
+
+@_typing.final
+class WithdrawReleasePolicyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URI_FIELD_NUMBER: _builtins.int
+    uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["uri", b"uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WithdrawReleasePolicyRequest: _TypeAlias = WithdrawReleasePolicyRequest  # noqa: Y015
+
+@_typing.final
+class WithdrawReleasePolicyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def key(self) -> Global___Key: ...
+    def __init__(
+        self,
+        *,
+        key: Global___Key | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WithdrawReleasePolicyResponse: _TypeAlias = WithdrawReleasePolicyResponse  # noqa: Y015
+
+@_typing.final
+class PublishManifestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_URI_FIELD_NUMBER: _builtins.int
+    DATASET_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
+    WRAPPED_FIELD_NUMBER: _builtins.int
+    KEY_VERSION_FIELD_NUMBER: _builtins.int
+    PARENT_DIGEST_FIELD_NUMBER: _builtins.int
+    key_uri: _builtins.str
+    dataset_id: _builtins.str
+    """Identity of the data set in its manifest."""
+    version: _builtins.int
+    """From 1; it only rises."""
+    manifest_digest: _builtins.bytes
+    """SHA-384 of the manifest, 48 bytes."""
+    wrapped: _builtins.bytes
+    """The wrapped data key in the headers of its files, and the version that wrapped it."""
+    key_version: _builtins.int
+    parent_digest: _builtins.bytes
+    """Digest of the manifest before, 48 bytes; empty for version 1."""
+    def __init__(
+        self,
+        *,
+        key_uri: _builtins.str = ...,
+        dataset_id: _builtins.str = ...,
+        version: _builtins.int = ...,
+        manifest_digest: _builtins.bytes = ...,
+        wrapped: _builtins.bytes = ...,
+        key_version: _builtins.int = ...,
+        parent_digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_id", b"dataset_id", "key_uri", b"key_uri", "key_version", b"key_version", "manifest_digest", b"manifest_digest", "parent_digest", b"parent_digest", "version", b"version", "wrapped", b"wrapped"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishManifestRequest: _TypeAlias = PublishManifestRequest  # noqa: Y015
+
+@_typing.final
+class PublishManifestResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishManifestResponse: _TypeAlias = PublishManifestResponse  # noqa: Y015
+
+@_typing.final
+class ExplainPolicyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_YAML_FIELD_NUMBER: _builtins.int
+    KEY_URI_FIELD_NUMBER: _builtins.int
+    ATTESTATION_RESULT_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    policy_yaml: _builtins.bytes
+    """Release policy (YAML); empty means the one in force for key_uri."""
+    key_uri: _builtins.str
+    attestation_result: _builtins.str
+    """An attestation result (EAR, JWT); its age is not held against it."""
+    index: _builtins.int
+    """Index of a logged request."""
+    def __init__(
+        self,
+        *,
+        policy_yaml: _builtins.bytes = ...,
+        key_uri: _builtins.str = ...,
+        attestation_result: _builtins.str = ...,
+        index: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attestation_result", b"attestation_result", "index", b"index", "subject", b"subject"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestation_result", b"attestation_result", "index", b"index", "key_uri", b"key_uri", "policy_yaml", b"policy_yaml", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["attestation_result", "index"]  # noqa: Y015
+    _WhichOneofArgType_subject: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_subject) -> _WhichOneofReturnType_subject | None: ...
+
+Global___ExplainPolicyRequest: _TypeAlias = ExplainPolicyRequest  # noqa: Y015
+
+@_typing.final
+class ExplainPolicyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRANTED_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    granted: _builtins.bool
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]: ...
+    def __init__(
+        self,
+        *,
+        granted: _builtins.bool = ...,
+        blocks: _abc.Iterable[Global___Block] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "granted", b"granted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainPolicyResponse: _TypeAlias = ExplainPolicyResponse  # noqa: Y015
+
+@_typing.final
+class ReplayPolicyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_YAML_FIELD_NUMBER: _builtins.int
+    SINCE_S_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    policy_yaml: _builtins.bytes
+    """Release policy (YAML)."""
+    since_s: _builtins.int
+    """Requests of the last so many seconds; 0 means all."""
+    limit: _builtins.int
+    """At most so many requests, newest first; 0 means 1,000."""
+    def __init__(
+        self,
+        *,
+        policy_yaml: _builtins.bytes = ...,
+        since_s: _builtins.int = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "policy_yaml", b"policy_yaml", "since_s", b"since_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplayPolicyRequest: _TypeAlias = ReplayPolicyRequest  # noqa: Y015
+
+@_typing.final
+class ReplayPolicyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    TIME_UNIX_MS_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
+    PURPOSE_FIELD_NUMBER: _builtins.int
+    WAS_GRANTED_FIELD_NUMBER: _builtins.int
+    WOULD_BE_GRANTED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    time_unix_ms: _builtins.int
+    caller: _builtins.str
+    purpose: _builtins.str
+    was_granted: _builtins.bool
+    would_be_granted: _builtins.bool
+    @_builtins.property
+    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]:
+        """The blocks that would refuse it."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        time_unix_ms: _builtins.int = ...,
+        caller: _builtins.str = ...,
+        purpose: _builtins.str = ...,
+        was_granted: _builtins.bool = ...,
+        would_be_granted: _builtins.bool = ...,
+        failed: _abc.Iterable[Global___Block] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "failed", b"failed", "index", b"index", "purpose", b"purpose", "time_unix_ms", b"time_unix_ms", "was_granted", b"was_granted", "would_be_granted", b"would_be_granted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplayPolicyResponse: _TypeAlias = ReplayPolicyResponse  # noqa: Y015
+
+@_typing.final
+class SubmitApprovalRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENVELOPE_FIELD_NUMBER: _builtins.int
+    envelope: _builtins.bytes
+    """DSSE envelope (JSON) of an approval statement, signed by an approver."""
+    def __init__(
+        self,
+        *,
+        envelope: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitApprovalRequest: _TypeAlias = SubmitApprovalRequest  # noqa: Y015
+
+@_typing.final
+class SubmitApprovalResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HAVE_FIELD_NUMBER: _builtins.int
+    NEED_FIELD_NUMBER: _builtins.int
+    have: _builtins.int
+    """Approvals there are now for this statement, and how many the policy in force asks for."""
+    need: _builtins.int
+    def __init__(
+        self,
+        *,
+        have: _builtins.int = ...,
+        need: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["have", b"have", "need", b"need"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitApprovalResponse: _TypeAlias = SubmitApprovalResponse  # noqa: Y015
+
+@_typing.final
+class ListApprovalsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_URI_FIELD_NUMBER: _builtins.int
+    key_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        key_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_uri", b"key_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListApprovalsRequest: _TypeAlias = ListApprovalsRequest  # noqa: Y015
+
+@_typing.final
+class ListApprovalsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPROVALS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def approvals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Approval]: ...
+    def __init__(
+        self,
+        *,
+        approvals: _abc.Iterable[Global___Approval] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approvals", b"approvals"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListApprovalsResponse: _TypeAlias = ListApprovalsResponse  # noqa: Y015
+
+@_typing.final
+class Approval(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPROVER_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    PURPOSE_FIELD_NUMBER: _builtins.int
+    POLICY_DIGEST_FIELD_NUMBER: _builtins.int
+    EXPIRES_UNIX_MS_FIELD_NUMBER: _builtins.int
+    ENVELOPE_FIELD_NUMBER: _builtins.int
+    approver: _builtins.str
+    """did:key of who signed."""
+    job: _builtins.str
+    purpose: Global___Purpose.ValueType
+    policy_digest: _builtins.bytes
+    expires_unix_ms: _builtins.int
+    envelope: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        approver: _builtins.str = ...,
+        job: _builtins.str = ...,
+        purpose: Global___Purpose.ValueType = ...,
+        policy_digest: _builtins.bytes = ...,
+        expires_unix_ms: _builtins.int = ...,
+        envelope: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approver", b"approver", "envelope", b"envelope", "expires_unix_ms", b"expires_unix_ms", "job", b"job", "policy_digest", b"policy_digest", "purpose", b"purpose"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Approval: _TypeAlias = Approval  # noqa: Y015
+
+@_typing.final
+class GetDecisionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDecisionRequest: _TypeAlias = GetDecisionRequest  # noqa: Y015
+
+@_typing.final
+class GetDecisionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_FIELD_NUMBER: _builtins.int
+    ENTRY_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    entry: _builtins.bytes
+    """The leaf's bytes."""
+    size: _builtins.int
+    """Size of the log that `proof` and `checkpoint` are about."""
+    checkpoint: _builtins.bytes
+    @_builtins.property
+    def decision(self) -> Global___Decision: ...
+    @_builtins.property
+    def proof(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        decision: Global___Decision | None = ...,
+        entry: _builtins.bytes = ...,
+        size: _builtins.int = ...,
+        proof: _abc.Iterable[_builtins.bytes] | None = ...,
+        checkpoint: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "decision", b"decision", "entry", b"entry", "proof", b"proof", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDecisionResponse: _TypeAlias = GetDecisionResponse  # noqa: Y015
+
+@_typing.final
+class FollowDecisionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_INDEX_FIELD_NUMBER: _builtins.int
+    KEY_URI_FIELD_NUMBER: _builtins.int
+    from_index: _builtins.int
+    """First index; entries before it are left out."""
+    key_uri: _builtins.str
+    def __init__(
+        self,
+        *,
+        from_index: _builtins.int = ...,
+        key_uri: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_index", b"from_index", "key_uri", b"key_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FollowDecisionsRequest: _TypeAlias = FollowDecisionsRequest  # noqa: Y015
+
+@_typing.final
+class FollowDecisionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def decision(self) -> Global___Decision: ...
+    def __init__(
+        self,
+        *,
+        decision: Global___Decision | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FollowDecisionsResponse: _TypeAlias = FollowDecisionsResponse  # noqa: Y015
+
+@_typing.final
+class GetCheckpointRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCheckpointRequest: _TypeAlias = GetCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class GetCheckpointResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    ROOT_FIELD_NUMBER: _builtins.int
+    SIGNER_SPKI_DER_FIELD_NUMBER: _builtins.int
+    checkpoint: _builtins.bytes
+    """Signed note (C2SP tlog-checkpoint)."""
+    size: _builtins.int
+    root: _builtins.bytes
+    signer_spki_der: _builtins.bytes
+    """SubjectPublicKeyInfo (DER) of the key that signed it, and every earlier key of this log with its successor's note."""
+    def __init__(
+        self,
+        *,
+        checkpoint: _builtins.bytes = ...,
+        size: _builtins.int = ...,
+        root: _builtins.bytes = ...,
+        signer_spki_der: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "root", b"root", "signer_spki_der", b"signer_spki_der", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCheckpointResponse: _TypeAlias = GetCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class GetInclusionProofRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    size: _builtins.int
+    """0 means the newest."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetInclusionProofRequest: _TypeAlias = GetInclusionProofRequest  # noqa: Y015
+
+@_typing.final
+class GetInclusionProofResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: _builtins.int
+    LEAF_HASH_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    size: _builtins.int
+    leaf_hash: _builtins.bytes
+    checkpoint: _builtins.bytes
+    @_builtins.property
+    def proof(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        size: _builtins.int = ...,
+        leaf_hash: _builtins.bytes = ...,
+        proof: _abc.Iterable[_builtins.bytes] | None = ...,
+        checkpoint: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "leaf_hash", b"leaf_hash", "proof", b"proof", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetInclusionProofResponse: _TypeAlias = GetInclusionProofResponse  # noqa: Y015
+
+@_typing.final
+class GetConsistencyProofRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OLD_SIZE_FIELD_NUMBER: _builtins.int
+    NEW_SIZE_FIELD_NUMBER: _builtins.int
+    old_size: _builtins.int
+    new_size: _builtins.int
+    """0 means the newest."""
+    def __init__(
+        self,
+        *,
+        old_size: _builtins.int = ...,
+        new_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["new_size", b"new_size", "old_size", b"old_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetConsistencyProofRequest: _TypeAlias = GetConsistencyProofRequest  # noqa: Y015
+
+@_typing.final
+class GetConsistencyProofResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NEW_SIZE_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    new_size: _builtins.int
+    checkpoint: _builtins.bytes
+    @_builtins.property
+    def proof(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        new_size: _builtins.int = ...,
+        proof: _abc.Iterable[_builtins.bytes] | None = ...,
+        checkpoint: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "new_size", b"new_size", "proof", b"proof"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetConsistencyProofResponse: _TypeAlias = GetConsistencyProofResponse  # noqa: Y015
+
+@_typing.final
+class ExportLogRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_INDEX_FIELD_NUMBER: _builtins.int
+    from_index: _builtins.int
+    def __init__(
+        self,
+        *,
+        from_index: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_index", b"from_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportLogRequest: _TypeAlias = ExportLogRequest  # noqa: Y015
+
+@_typing.final
+class ExportLogResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Leaf(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        INDEX_FIELD_NUMBER: _builtins.int
+        ENTRY_FIELD_NUMBER: _builtins.int
+        LEAF_HASH_FIELD_NUMBER: _builtins.int
+        index: _builtins.int
+        entry: _builtins.bytes
+        """Of an entry of the caller's tenant."""
+        leaf_hash: _builtins.bytes
+        """Of any other, 32 bytes."""
+        def __init__(
+            self,
+            *,
+            index: _builtins.int = ...,
+            entry: _builtins.bytes = ...,
+            leaf_hash: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "index", b"index", "leaf_hash", b"leaf_hash"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    LEAVES_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    checkpoint: _builtins.bytes
+    """In the last message only."""
+    @_builtins.property
+    def leaves(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExportLogResponse.Leaf]: ...
+    def __init__(
+        self,
+        *,
+        leaves: _abc.Iterable[Global___ExportLogResponse.Leaf] | None = ...,
+        checkpoint: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "leaves", b"leaves"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportLogResponse: _TypeAlias = ExportLogResponse  # noqa: Y015
+
+@_typing.final
+class GetSealStatusRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSealStatusRequest: _TypeAlias = GetSealStatusRequest  # noqa: Y015
+
+@_typing.final
+class GetSealStatusResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    HAVE_FIELD_NUMBER: _builtins.int
+    NEED_FIELD_NUMBER: _builtins.int
+    HPKE_KEM_ID_FIELD_NUMBER: _builtins.int
+    HPKE_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    state: Global___SealState.ValueType
+    source: _builtins.str
+    """"file", "passphrase" or "shares"."""
+    have: _builtins.int
+    """Shares handed in, and needed."""
+    need: _builtins.int
+    hpke_kem_id: _builtins.int
+    """HPKE key of the broker, for shares and passphrases; the caller knows it from the broker's evidence."""
+    hpke_public_key: _builtins.bytes
+    nonce: _builtins.bytes
+    """32 bytes that go into the HPKE info of what is handed in."""
+    def __init__(
+        self,
+        *,
+        state: Global___SealState.ValueType = ...,
+        source: _builtins.str = ...,
+        have: _builtins.int = ...,
+        need: _builtins.int = ...,
+        hpke_kem_id: _builtins.int = ...,
+        hpke_public_key: _builtins.bytes = ...,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["have", b"have", "hpke_kem_id", b"hpke_kem_id", "hpke_public_key", b"hpke_public_key", "need", b"need", "nonce", b"nonce", "source", b"source", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSealStatusResponse: _TypeAlias = GetSealStatusResponse  # noqa: Y015
+
+@_typing.final
+class InitializeStoreRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    HOLDER_PUBLIC_KEYS_FIELD_NUMBER: _builtins.int
+    HPKE_KEM_ID_FIELD_NUMBER: _builtins.int
+    SEALED_PASSPHRASE_FIELD_NUMBER: _builtins.int
+    threshold: _builtins.int
+    """2 to 16 and at most the number of holders; 0 with a passphrase."""
+    hpke_kem_id: _builtins.int
+    sealed_passphrase: _builtins.bytes
+    """Or a passphrase, HPKE-sealed to the broker."""
+    @_builtins.property
+    def holder_public_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """HPKE public keys, one for every share."""
+
+    def __init__(
+        self,
+        *,
+        threshold: _builtins.int = ...,
+        holder_public_keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        hpke_kem_id: _builtins.int = ...,
+        sealed_passphrase: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder_public_keys", b"holder_public_keys", "hpke_kem_id", b"hpke_kem_id", "sealed_passphrase", b"sealed_passphrase", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InitializeStoreRequest: _TypeAlias = InitializeStoreRequest  # noqa: Y015
+
+@_typing.final
+class InitializeStoreResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEALED_SHARES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sealed_shares(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """In the order of the holders; HPKE, info = TLV "cloister-share-v1"."""
+
+    def __init__(
+        self,
+        *,
+        sealed_shares: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sealed_shares", b"sealed_shares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InitializeStoreResponse: _TypeAlias = InitializeStoreResponse  # noqa: Y015
+
+@_typing.final
+class UnsealRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEALED_FIELD_NUMBER: _builtins.int
+    sealed: _builtins.bytes
+    """HPKE-sealed to the broker; info = TLV "cloister-unseal-v1" with the nonce of GetSealStatus."""
+    def __init__(
+        self,
+        *,
+        sealed: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sealed", b"sealed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnsealRequest: _TypeAlias = UnsealRequest  # noqa: Y015
+
+@_typing.final
+class UnsealResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def status(self) -> Global___GetSealStatusResponse: ...
+    def __init__(
+        self,
+        *,
+        status: Global___GetSealStatusResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnsealResponse: _TypeAlias = UnsealResponse  # noqa: Y015
+
+@_typing.final
+class SealRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealRequest: _TypeAlias = SealRequest  # noqa: Y015
+
+@_typing.final
+class SealResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealResponse: _TypeAlias = SealResponse  # noqa: Y015
+
+@_typing.final
+class RekeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    HOLDER_PUBLIC_KEYS_FIELD_NUMBER: _builtins.int
+    HPKE_KEM_ID_FIELD_NUMBER: _builtins.int
+    SEALED_PASSPHRASE_FIELD_NUMBER: _builtins.int
+    threshold: _builtins.int
+    hpke_kem_id: _builtins.int
+    sealed_passphrase: _builtins.bytes
+    @_builtins.property
+    def holder_public_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        threshold: _builtins.int = ...,
+        holder_public_keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        hpke_kem_id: _builtins.int = ...,
+        sealed_passphrase: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder_public_keys", b"holder_public_keys", "hpke_kem_id", b"hpke_kem_id", "sealed_passphrase", b"sealed_passphrase", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RekeyRequest: _TypeAlias = RekeyRequest  # noqa: Y015
+
+@_typing.final
+class RekeyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEALED_SHARES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sealed_shares(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        sealed_shares: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sealed_shares", b"sealed_shares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RekeyResponse: _TypeAlias = RekeyResponse  # noqa: Y015
+
+@_typing.final
+class BackupRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BackupRequest: _TypeAlias = BackupRequest  # noqa: Y015
+
+@_typing.final
+class BackupResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """At most 1 MiB."""
+    def __init__(
+        self,
+        *,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BackupResponse: _TypeAlias = BackupResponse  # noqa: Y015
+
+@_typing.final
+class MigrateKeysRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: _builtins.int
+    limit: _builtins.int
+    """Key versions of one call, 0 means 100."""
+    def __init__(
+        self,
+        *,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MigrateKeysRequest: _TypeAlias = MigrateKeysRequest  # noqa: Y015
+
+@_typing.final
+class MigrateKeysResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATED_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
+    migrated: _builtins.int
+    left: _builtins.int
+    def __init__(
+        self,
+        *,
+        migrated: _builtins.int = ...,
+        left: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "migrated", b"migrated"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MigrateKeysResponse: _TypeAlias = MigrateKeysResponse  # noqa: Y015
+
+@_typing.final
+class GetBackendStatusRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBackendStatusRequest: _TypeAlias = GetBackendStatusRequest  # noqa: Y015
+
+@_typing.final
+class GetBackendStatusResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    HEALTHY_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    healthy: _builtins.bool
+    problem: _builtins.str
+    """What is wrong, and what to do."""
+    @_builtins.property
+    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Key versions by back end: "embedded: 12"."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        healthy: _builtins.bool = ...,
+        problem: _builtins.str = ...,
+        capabilities: _abc.Iterable[_builtins.str] | None = ...,
+        versions: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "healthy", b"healthy", "name", b"name", "problem", b"problem", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBackendStatusResponse: _TypeAlias = GetBackendStatusResponse  # noqa: Y015
 
 @_typing.final
 class ListDecisionsRequest(_message.Message):

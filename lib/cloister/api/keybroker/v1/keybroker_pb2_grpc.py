@@ -80,6 +80,51 @@ class KeyOwnerServiceStub:
                 request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.OpenDataKeyRequest.SerializeToString,
                 response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.OpenDataKeyResponse.FromString,
                 _registered_method=True)
+        self.RotateKey = channel.unary_unary(
+                '/cloister.api.keybroker.v1.KeyOwnerService/RotateKey',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RotateKeyRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RotateKeyResponse.FromString,
+                _registered_method=True)
+        self.RetireVersions = channel.unary_unary(
+                '/cloister.api.keybroker.v1.KeyOwnerService/RetireVersions',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RetireVersionsRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RetireVersionsResponse.FromString,
+                _registered_method=True)
+        self.ScheduleDestruction = channel.unary_unary(
+                '/cloister.api.keybroker.v1.KeyOwnerService/ScheduleDestruction',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ScheduleDestructionRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ScheduleDestructionResponse.FromString,
+                _registered_method=True)
+        self.CancelDestruction = channel.unary_unary(
+                '/cloister.api.keybroker.v1.KeyOwnerService/CancelDestruction',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.CancelDestructionRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.CancelDestructionResponse.FromString,
+                _registered_method=True)
+        self.BeginImport = channel.unary_unary(
+                '/cloister.api.keybroker.v1.KeyOwnerService/BeginImport',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.BeginImportRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.BeginImportResponse.FromString,
+                _registered_method=True)
+        self.ImportKey = channel.unary_unary(
+                '/cloister.api.keybroker.v1.KeyOwnerService/ImportKey',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ImportKeyRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ImportKeyResponse.FromString,
+                _registered_method=True)
+        self.RewrapDataKey = channel.unary_unary(
+                '/cloister.api.keybroker.v1.KeyOwnerService/RewrapDataKey',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RewrapDataKeyRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RewrapDataKeyResponse.FromString,
+                _registered_method=True)
+        self.WithdrawReleasePolicy = channel.unary_unary(
+                '/cloister.api.keybroker.v1.KeyOwnerService/WithdrawReleasePolicy',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.WithdrawReleasePolicyRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.WithdrawReleasePolicyResponse.FromString,
+                _registered_method=True)
+        self.PublishManifest = channel.unary_unary(
+                '/cloister.api.keybroker.v1.KeyOwnerService/PublishManifest',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.PublishManifestRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.PublishManifestResponse.FromString,
+                _registered_method=True)
 
 
 class KeyOwnerServiceServicer:
@@ -142,6 +187,67 @@ class KeyOwnerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RotateKey(self, request, context):
+        """A new version; older ones still open what they wrapped, until min_version retires them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetireVersions(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScheduleDestruction(self, request, context):
+        """Destruction after a waiting period, during which it can be called off and nothing is released.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelDestruction(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BeginImport(self, request, context):
+        """A nonce for ImportKey.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportKey(self, request, context):
+        """A key whose material the owner brings, sealed to the broker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RewrapDataKey(self, request, context):
+        """A data key wrapped under the newest version instead of an older one; it never leaves the broker in the clear.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WithdrawReleasePolicy(self, request, context):
+        """No policy until the next one: nothing is released, leases end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PublishManifest(self, request, context):
+        """Remember the newest version of a sealed data set: keys are refused to whoever holds an older one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KeyOwnerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -189,6 +295,51 @@ def add_KeyOwnerServiceServicer_to_server(servicer, server):
                     servicer.OpenDataKey,
                     request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.OpenDataKeyRequest.FromString,
                     response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.OpenDataKeyResponse.SerializeToString,
+            ),
+            'RotateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateKey,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RotateKeyRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RotateKeyResponse.SerializeToString,
+            ),
+            'RetireVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetireVersions,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RetireVersionsRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RetireVersionsResponse.SerializeToString,
+            ),
+            'ScheduleDestruction': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScheduleDestruction,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ScheduleDestructionRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ScheduleDestructionResponse.SerializeToString,
+            ),
+            'CancelDestruction': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelDestruction,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.CancelDestructionRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.CancelDestructionResponse.SerializeToString,
+            ),
+            'BeginImport': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginImport,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.BeginImportRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.BeginImportResponse.SerializeToString,
+            ),
+            'ImportKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.ImportKey,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ImportKeyRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ImportKeyResponse.SerializeToString,
+            ),
+            'RewrapDataKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RewrapDataKey,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RewrapDataKeyRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RewrapDataKeyResponse.SerializeToString,
+            ),
+            'WithdrawReleasePolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.WithdrawReleasePolicy,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.WithdrawReleasePolicyRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.WithdrawReleasePolicyResponse.SerializeToString,
+            ),
+            'PublishManifest': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishManifest,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.PublishManifestRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.PublishManifestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -445,6 +596,487 @@ class KeyOwnerService:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def RotateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.KeyOwnerService/RotateKey',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RotateKeyRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RotateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetireVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.KeyOwnerService/RetireVersions',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RetireVersionsRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RetireVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScheduleDestruction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.KeyOwnerService/ScheduleDestruction',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ScheduleDestructionRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ScheduleDestructionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelDestruction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.KeyOwnerService/CancelDestruction',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.CancelDestructionRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.CancelDestructionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginImport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.KeyOwnerService/BeginImport',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.BeginImportRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.BeginImportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.KeyOwnerService/ImportKey',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ImportKeyRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ImportKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RewrapDataKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.KeyOwnerService/RewrapDataKey',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RewrapDataKeyRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RewrapDataKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WithdrawReleasePolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.KeyOwnerService/WithdrawReleasePolicy',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.WithdrawReleasePolicyRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.WithdrawReleasePolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishManifest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.KeyOwnerService/PublishManifest',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.PublishManifestRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.PublishManifestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class PolicyServiceStub:
+    """What a policy would do. Read-only.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ExplainPolicy = channel.unary_unary(
+                '/cloister.api.keybroker.v1.PolicyService/ExplainPolicy',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ExplainPolicyRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ExplainPolicyResponse.FromString,
+                _registered_method=True)
+        self.ReplayPolicy = channel.unary_stream(
+                '/cloister.api.keybroker.v1.PolicyService/ReplayPolicy',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ReplayPolicyRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ReplayPolicyResponse.FromString,
+                _registered_method=True)
+
+
+class PolicyServiceServicer:
+    """What a policy would do. Read-only.
+    """
+
+    def ExplainPolicy(self, request, context):
+        """Block by block, what a policy makes of an attestation result or of a logged request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReplayPolicy(self, request, context):
+        """A policy over the logged requests of its key: who would gain or lose access.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PolicyServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ExplainPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainPolicy,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ExplainPolicyRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ExplainPolicyResponse.SerializeToString,
+            ),
+            'ReplayPolicy': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReplayPolicy,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ReplayPolicyRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ReplayPolicyResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'cloister.api.keybroker.v1.PolicyService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('cloister.api.keybroker.v1.PolicyService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class PolicyService:
+    """What a policy would do. Read-only.
+    """
+
+    @staticmethod
+    def ExplainPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.PolicyService/ExplainPolicy',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ExplainPolicyRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ExplainPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplayPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.PolicyService/ReplayPolicy',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ReplayPolicyRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ReplayPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class ApprovalServiceStub:
+    """Offline signatures of those whom a policy asks for approval.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.SubmitApproval = channel.unary_unary(
+                '/cloister.api.keybroker.v1.ApprovalService/SubmitApproval',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.SubmitApprovalRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.SubmitApprovalResponse.FromString,
+                _registered_method=True)
+        self.ListApprovals = channel.unary_unary(
+                '/cloister.api.keybroker.v1.ApprovalService/ListApprovals',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ListApprovalsRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ListApprovalsResponse.FromString,
+                _registered_method=True)
+
+
+class ApprovalServiceServicer:
+    """Offline signatures of those whom a policy asks for approval.
+    """
+
+    def SubmitApproval(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListApprovals(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ApprovalServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'SubmitApproval': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitApproval,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.SubmitApprovalRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.SubmitApprovalResponse.SerializeToString,
+            ),
+            'ListApprovals': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListApprovals,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ListApprovalsRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ListApprovalsResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'cloister.api.keybroker.v1.ApprovalService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('cloister.api.keybroker.v1.ApprovalService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ApprovalService:
+    """Offline signatures of those whom a policy asks for approval.
+    """
+
+    @staticmethod
+    def SubmitApproval(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.ApprovalService/SubmitApproval',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.SubmitApprovalRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.SubmitApprovalResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListApprovals(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.ApprovalService/ListApprovals',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ListApprovalsRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ListApprovalsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class KeyReleaseServiceStub:
     """Release of data keys to attested workloads.
@@ -579,6 +1211,36 @@ class DecisionLogServiceStub:
                 request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ListDecisionsRequest.SerializeToString,
                 response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ListDecisionsResponse.FromString,
                 _registered_method=True)
+        self.GetDecision = channel.unary_unary(
+                '/cloister.api.keybroker.v1.DecisionLogService/GetDecision',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetDecisionRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetDecisionResponse.FromString,
+                _registered_method=True)
+        self.FollowDecisions = channel.unary_stream(
+                '/cloister.api.keybroker.v1.DecisionLogService/FollowDecisions',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.FollowDecisionsRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.FollowDecisionsResponse.FromString,
+                _registered_method=True)
+        self.GetCheckpoint = channel.unary_unary(
+                '/cloister.api.keybroker.v1.DecisionLogService/GetCheckpoint',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetCheckpointRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetCheckpointResponse.FromString,
+                _registered_method=True)
+        self.GetInclusionProof = channel.unary_unary(
+                '/cloister.api.keybroker.v1.DecisionLogService/GetInclusionProof',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetInclusionProofRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetInclusionProofResponse.FromString,
+                _registered_method=True)
+        self.GetConsistencyProof = channel.unary_unary(
+                '/cloister.api.keybroker.v1.DecisionLogService/GetConsistencyProof',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetConsistencyProofRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetConsistencyProofResponse.FromString,
+                _registered_method=True)
+        self.ExportLog = channel.unary_stream(
+                '/cloister.api.keybroker.v1.DecisionLogService/ExportLog',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ExportLogRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ExportLogResponse.FromString,
+                _registered_method=True)
 
 
 class DecisionLogServiceServicer:
@@ -591,6 +1253,46 @@ class DecisionLogServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetDecision(self, request, context):
+        """One entry of the caller's tenant, whole, with its proof.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FollowDecisions(self, request, context):
+        """The caller's entries as they come.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCheckpoint(self, request, context):
+        """The log's size and root, signed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetInclusionProof(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetConsistencyProof(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportLog(self, request, context):
+        """Every leaf in order: whole entries of the caller's tenant, bare hashes of all others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecisionLogServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -598,6 +1300,36 @@ def add_DecisionLogServiceServicer_to_server(servicer, server):
                     servicer.ListDecisions,
                     request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ListDecisionsRequest.FromString,
                     response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ListDecisionsResponse.SerializeToString,
+            ),
+            'GetDecision': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDecision,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetDecisionRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetDecisionResponse.SerializeToString,
+            ),
+            'FollowDecisions': grpc.unary_stream_rpc_method_handler(
+                    servicer.FollowDecisions,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.FollowDecisionsRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.FollowDecisionsResponse.SerializeToString,
+            ),
+            'GetCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCheckpoint,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetCheckpointRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetCheckpointResponse.SerializeToString,
+            ),
+            'GetInclusionProof': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetInclusionProof,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetInclusionProofRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetInclusionProofResponse.SerializeToString,
+            ),
+            'GetConsistencyProof': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetConsistencyProof,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetConsistencyProofRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetConsistencyProofResponse.SerializeToString,
+            ),
+            'ExportLog': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportLog,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ExportLogRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ExportLogResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -628,6 +1360,550 @@ class DecisionLogService:
             '/cloister.api.keybroker.v1.DecisionLogService/ListDecisions',
             cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ListDecisionsRequest.SerializeToString,
             cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ListDecisionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDecision(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.DecisionLogService/GetDecision',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetDecisionRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetDecisionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FollowDecisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.DecisionLogService/FollowDecisions',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.FollowDecisionsRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.FollowDecisionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.DecisionLogService/GetCheckpoint',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetCheckpointRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetInclusionProof(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.DecisionLogService/GetInclusionProof',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetInclusionProofRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetInclusionProofResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetConsistencyProof(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.DecisionLogService/GetConsistencyProof',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetConsistencyProofRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetConsistencyProofResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.DecisionLogService/ExportLog',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ExportLogRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.ExportLogResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class BrokerServiceStub:
+    """The root key and the store, for operators. Until it is unsealed the broker serves this and nothing else.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetSealStatus = channel.unary_unary(
+                '/cloister.api.keybroker.v1.BrokerService/GetSealStatus',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetSealStatusRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetSealStatusResponse.FromString,
+                _registered_method=True)
+        self.InitializeStore = channel.unary_unary(
+                '/cloister.api.keybroker.v1.BrokerService/InitializeStore',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.InitializeStoreRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.InitializeStoreResponse.FromString,
+                _registered_method=True)
+        self.Unseal = channel.unary_unary(
+                '/cloister.api.keybroker.v1.BrokerService/Unseal',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.UnsealRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.UnsealResponse.FromString,
+                _registered_method=True)
+        self.Seal = channel.unary_unary(
+                '/cloister.api.keybroker.v1.BrokerService/Seal',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.SealRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.SealResponse.FromString,
+                _registered_method=True)
+        self.Rekey = channel.unary_unary(
+                '/cloister.api.keybroker.v1.BrokerService/Rekey',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RekeyRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RekeyResponse.FromString,
+                _registered_method=True)
+        self.Backup = channel.unary_stream(
+                '/cloister.api.keybroker.v1.BrokerService/Backup',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.BackupRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.BackupResponse.FromString,
+                _registered_method=True)
+        self.MigrateKeys = channel.unary_unary(
+                '/cloister.api.keybroker.v1.BrokerService/MigrateKeys',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.MigrateKeysRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.MigrateKeysResponse.FromString,
+                _registered_method=True)
+        self.GetBackendStatus = channel.unary_unary(
+                '/cloister.api.keybroker.v1.BrokerService/GetBackendStatus',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetBackendStatusRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetBackendStatusResponse.FromString,
+                _registered_method=True)
+
+
+class BrokerServiceServicer:
+    """The root key and the store, for operators. Until it is unsealed the broker serves this and nothing else.
+    """
+
+    def GetSealStatus(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InitializeStore(self, request, context):
+        """Make the root key of a new store, in the broker; its recovery shares come back sealed to their holders.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unseal(self, request, context):
+        """Hand in one recovery share or the passphrase, sealed to the broker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Seal(self, request, context):
+        """Forget the root key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rekey(self, request, context):
+        """Another root key, with new shares; the keys stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Backup(self, request, context):
+        """The whole store as it is now, authenticated; key material in it stays wrapped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MigrateKeys(self, request, context):
+        """Bring every key version under the back end of the configuration; data stays as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetBackendStatus(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_BrokerServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetSealStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSealStatus,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetSealStatusRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetSealStatusResponse.SerializeToString,
+            ),
+            'InitializeStore': grpc.unary_unary_rpc_method_handler(
+                    servicer.InitializeStore,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.InitializeStoreRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.InitializeStoreResponse.SerializeToString,
+            ),
+            'Unseal': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unseal,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.UnsealRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.UnsealResponse.SerializeToString,
+            ),
+            'Seal': grpc.unary_unary_rpc_method_handler(
+                    servicer.Seal,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.SealRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.SealResponse.SerializeToString,
+            ),
+            'Rekey': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rekey,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RekeyRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RekeyResponse.SerializeToString,
+            ),
+            'Backup': grpc.unary_stream_rpc_method_handler(
+                    servicer.Backup,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.BackupRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.BackupResponse.SerializeToString,
+            ),
+            'MigrateKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.MigrateKeys,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.MigrateKeysRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.MigrateKeysResponse.SerializeToString,
+            ),
+            'GetBackendStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBackendStatus,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetBackendStatusRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetBackendStatusResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'cloister.api.keybroker.v1.BrokerService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('cloister.api.keybroker.v1.BrokerService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class BrokerService:
+    """The root key and the store, for operators. Until it is unsealed the broker serves this and nothing else.
+    """
+
+    @staticmethod
+    def GetSealStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.BrokerService/GetSealStatus',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetSealStatusRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetSealStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InitializeStore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.BrokerService/InitializeStore',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.InitializeStoreRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.InitializeStoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unseal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.BrokerService/Unseal',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.UnsealRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.UnsealResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Seal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.BrokerService/Seal',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.SealRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.SealResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rekey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.BrokerService/Rekey',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RekeyRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.RekeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.BrokerService/Backup',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.BackupRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.BackupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MigrateKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.BrokerService/MigrateKeys',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.MigrateKeysRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.MigrateKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBackendStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.BrokerService/GetBackendStatus',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetBackendStatusRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetBackendStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

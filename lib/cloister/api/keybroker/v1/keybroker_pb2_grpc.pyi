@@ -44,6 +44,22 @@ class KeyOwnerServiceStub:
     """A new data key, to seal with on the owner's own machine."""
     OpenDataKey: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.OpenDataKeyRequest, _keybroker_pb2.OpenDataKeyResponse]
     """A data key again, to open on the owner's own machine; the key must have purpose EXPORT."""
+    RotateKey: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.RotateKeyRequest, _keybroker_pb2.RotateKeyResponse]
+    """A new version; older ones still open what they wrapped, until min_version retires them."""
+    RetireVersions: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.RetireVersionsRequest, _keybroker_pb2.RetireVersionsResponse]
+    ScheduleDestruction: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.ScheduleDestructionRequest, _keybroker_pb2.ScheduleDestructionResponse]
+    """Destruction after a waiting period, during which it can be called off and nothing is released."""
+    CancelDestruction: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.CancelDestructionRequest, _keybroker_pb2.CancelDestructionResponse]
+    BeginImport: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.BeginImportRequest, _keybroker_pb2.BeginImportResponse]
+    """A nonce for ImportKey."""
+    ImportKey: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.ImportKeyRequest, _keybroker_pb2.ImportKeyResponse]
+    """A key whose material the owner brings, sealed to the broker."""
+    RewrapDataKey: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.RewrapDataKeyRequest, _keybroker_pb2.RewrapDataKeyResponse]
+    """A data key wrapped under the newest version instead of an older one; it never leaves the broker in the clear."""
+    WithdrawReleasePolicy: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.WithdrawReleasePolicyRequest, _keybroker_pb2.WithdrawReleasePolicyResponse]
+    """No policy until the next one: nothing is released, leases end."""
+    PublishManifest: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.PublishManifestRequest, _keybroker_pb2.PublishManifestResponse]
+    """Remember the newest version of a sealed data set: keys are refused to whoever holds an older one."""
 
 @_typing.type_check_only
 class KeyOwnerServiceAsyncStub(KeyOwnerServiceStub):
@@ -61,6 +77,22 @@ class KeyOwnerServiceAsyncStub(KeyOwnerServiceStub):
     """A new data key, to seal with on the owner's own machine."""
     OpenDataKey: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.OpenDataKeyRequest, _keybroker_pb2.OpenDataKeyResponse]  # type: ignore[assignment]
     """A data key again, to open on the owner's own machine; the key must have purpose EXPORT."""
+    RotateKey: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.RotateKeyRequest, _keybroker_pb2.RotateKeyResponse]  # type: ignore[assignment]
+    """A new version; older ones still open what they wrapped, until min_version retires them."""
+    RetireVersions: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.RetireVersionsRequest, _keybroker_pb2.RetireVersionsResponse]  # type: ignore[assignment]
+    ScheduleDestruction: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.ScheduleDestructionRequest, _keybroker_pb2.ScheduleDestructionResponse]  # type: ignore[assignment]
+    """Destruction after a waiting period, during which it can be called off and nothing is released."""
+    CancelDestruction: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.CancelDestructionRequest, _keybroker_pb2.CancelDestructionResponse]  # type: ignore[assignment]
+    BeginImport: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.BeginImportRequest, _keybroker_pb2.BeginImportResponse]  # type: ignore[assignment]
+    """A nonce for ImportKey."""
+    ImportKey: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.ImportKeyRequest, _keybroker_pb2.ImportKeyResponse]  # type: ignore[assignment]
+    """A key whose material the owner brings, sealed to the broker."""
+    RewrapDataKey: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.RewrapDataKeyRequest, _keybroker_pb2.RewrapDataKeyResponse]  # type: ignore[assignment]
+    """A data key wrapped under the newest version instead of an older one; it never leaves the broker in the clear."""
+    WithdrawReleasePolicy: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.WithdrawReleasePolicyRequest, _keybroker_pb2.WithdrawReleasePolicyResponse]  # type: ignore[assignment]
+    """No policy until the next one: nothing is released, leases end."""
+    PublishManifest: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.PublishManifestRequest, _keybroker_pb2.PublishManifestResponse]  # type: ignore[assignment]
+    """Remember the newest version of a sealed data set: keys are refused to whoever holds an older one."""
 
 class KeyOwnerServiceServicer(metaclass=_abc_1.ABCMeta):
     """What owners do with their keys. The caller's tenant and identity come from its certificate."""
@@ -130,7 +162,157 @@ class KeyOwnerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_keybroker_pb2.OpenDataKeyResponse, _abc.Awaitable[_keybroker_pb2.OpenDataKeyResponse]]:
         """A data key again, to open on the owner's own machine; the key must have purpose EXPORT."""
 
+    @_abc_1.abstractmethod
+    def RotateKey(
+        self,
+        request: _keybroker_pb2.RotateKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.RotateKeyResponse, _abc.Awaitable[_keybroker_pb2.RotateKeyResponse]]:
+        """A new version; older ones still open what they wrapped, until min_version retires them."""
+
+    @_abc_1.abstractmethod
+    def RetireVersions(
+        self,
+        request: _keybroker_pb2.RetireVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.RetireVersionsResponse, _abc.Awaitable[_keybroker_pb2.RetireVersionsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ScheduleDestruction(
+        self,
+        request: _keybroker_pb2.ScheduleDestructionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.ScheduleDestructionResponse, _abc.Awaitable[_keybroker_pb2.ScheduleDestructionResponse]]:
+        """Destruction after a waiting period, during which it can be called off and nothing is released."""
+
+    @_abc_1.abstractmethod
+    def CancelDestruction(
+        self,
+        request: _keybroker_pb2.CancelDestructionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.CancelDestructionResponse, _abc.Awaitable[_keybroker_pb2.CancelDestructionResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def BeginImport(
+        self,
+        request: _keybroker_pb2.BeginImportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.BeginImportResponse, _abc.Awaitable[_keybroker_pb2.BeginImportResponse]]:
+        """A nonce for ImportKey."""
+
+    @_abc_1.abstractmethod
+    def ImportKey(
+        self,
+        request: _keybroker_pb2.ImportKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.ImportKeyResponse, _abc.Awaitable[_keybroker_pb2.ImportKeyResponse]]:
+        """A key whose material the owner brings, sealed to the broker."""
+
+    @_abc_1.abstractmethod
+    def RewrapDataKey(
+        self,
+        request: _keybroker_pb2.RewrapDataKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.RewrapDataKeyResponse, _abc.Awaitable[_keybroker_pb2.RewrapDataKeyResponse]]:
+        """A data key wrapped under the newest version instead of an older one; it never leaves the broker in the clear."""
+
+    @_abc_1.abstractmethod
+    def WithdrawReleasePolicy(
+        self,
+        request: _keybroker_pb2.WithdrawReleasePolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.WithdrawReleasePolicyResponse, _abc.Awaitable[_keybroker_pb2.WithdrawReleasePolicyResponse]]:
+        """No policy until the next one: nothing is released, leases end."""
+
+    @_abc_1.abstractmethod
+    def PublishManifest(
+        self,
+        request: _keybroker_pb2.PublishManifestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.PublishManifestResponse, _abc.Awaitable[_keybroker_pb2.PublishManifestResponse]]:
+        """Remember the newest version of a sealed data set: keys are refused to whoever holds an older one."""
+
 def add_KeyOwnerServiceServicer_to_server(servicer: KeyOwnerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class PolicyServiceStub:
+    """What a policy would do. Read-only."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> PolicyServiceAsyncStub: ...
+    ExplainPolicy: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.ExplainPolicyRequest, _keybroker_pb2.ExplainPolicyResponse]
+    """Block by block, what a policy makes of an attestation result or of a logged request."""
+    ReplayPolicy: _grpc.UnaryStreamMultiCallable[_keybroker_pb2.ReplayPolicyRequest, _keybroker_pb2.ReplayPolicyResponse]
+    """A policy over the logged requests of its key: who would gain or lose access."""
+
+@_typing.type_check_only
+class PolicyServiceAsyncStub(PolicyServiceStub):
+    """What a policy would do. Read-only."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    ExplainPolicy: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.ExplainPolicyRequest, _keybroker_pb2.ExplainPolicyResponse]  # type: ignore[assignment]
+    """Block by block, what a policy makes of an attestation result or of a logged request."""
+    ReplayPolicy: _aio.UnaryStreamMultiCallable[_keybroker_pb2.ReplayPolicyRequest, _keybroker_pb2.ReplayPolicyResponse]  # type: ignore[assignment]
+    """A policy over the logged requests of its key: who would gain or lose access."""
+
+class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
+    """What a policy would do. Read-only."""
+
+    @_abc_1.abstractmethod
+    def ExplainPolicy(
+        self,
+        request: _keybroker_pb2.ExplainPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.ExplainPolicyResponse, _abc.Awaitable[_keybroker_pb2.ExplainPolicyResponse]]:
+        """Block by block, what a policy makes of an attestation result or of a logged request."""
+
+    @_abc_1.abstractmethod
+    def ReplayPolicy(
+        self,
+        request: _keybroker_pb2.ReplayPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_keybroker_pb2.ReplayPolicyResponse], _abc.AsyncIterator[_keybroker_pb2.ReplayPolicyResponse]]:
+        """A policy over the logged requests of its key: who would gain or lose access."""
+
+def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class ApprovalServiceStub:
+    """Offline signatures of those whom a policy asks for approval."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> ApprovalServiceAsyncStub: ...
+    SubmitApproval: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.SubmitApprovalRequest, _keybroker_pb2.SubmitApprovalResponse]
+    ListApprovals: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.ListApprovalsRequest, _keybroker_pb2.ListApprovalsResponse]
+
+@_typing.type_check_only
+class ApprovalServiceAsyncStub(ApprovalServiceStub):
+    """Offline signatures of those whom a policy asks for approval."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    SubmitApproval: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.SubmitApprovalRequest, _keybroker_pb2.SubmitApprovalResponse]  # type: ignore[assignment]
+    ListApprovals: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.ListApprovalsRequest, _keybroker_pb2.ListApprovalsResponse]  # type: ignore[assignment]
+
+class ApprovalServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Offline signatures of those whom a policy asks for approval."""
+
+    @_abc_1.abstractmethod
+    def SubmitApproval(
+        self,
+        request: _keybroker_pb2.SubmitApprovalRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.SubmitApprovalResponse, _abc.Awaitable[_keybroker_pb2.SubmitApprovalResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListApprovals(
+        self,
+        request: _keybroker_pb2.ListApprovalsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.ListApprovalsResponse, _abc.Awaitable[_keybroker_pb2.ListApprovalsResponse]]: ...
+
+def add_ApprovalServiceServicer_to_server(servicer: ApprovalServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class KeyReleaseServiceStub:
     """Release of data keys to attested workloads."""
@@ -177,6 +359,16 @@ class DecisionLogServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DecisionLogServiceAsyncStub: ...
     ListDecisions: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.ListDecisionsRequest, _keybroker_pb2.ListDecisionsResponse]
+    GetDecision: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.GetDecisionRequest, _keybroker_pb2.GetDecisionResponse]
+    """One entry of the caller's tenant, whole, with its proof."""
+    FollowDecisions: _grpc.UnaryStreamMultiCallable[_keybroker_pb2.FollowDecisionsRequest, _keybroker_pb2.FollowDecisionsResponse]
+    """The caller's entries as they come."""
+    GetCheckpoint: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.GetCheckpointRequest, _keybroker_pb2.GetCheckpointResponse]
+    """The log's size and root, signed."""
+    GetInclusionProof: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.GetInclusionProofRequest, _keybroker_pb2.GetInclusionProofResponse]
+    GetConsistencyProof: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.GetConsistencyProofRequest, _keybroker_pb2.GetConsistencyProofResponse]
+    ExportLog: _grpc.UnaryStreamMultiCallable[_keybroker_pb2.ExportLogRequest, _keybroker_pb2.ExportLogResponse]
+    """Every leaf in order: whole entries of the caller's tenant, bare hashes of all others."""
 
 @_typing.type_check_only
 class DecisionLogServiceAsyncStub(DecisionLogServiceStub):
@@ -184,6 +376,16 @@ class DecisionLogServiceAsyncStub(DecisionLogServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListDecisions: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.ListDecisionsRequest, _keybroker_pb2.ListDecisionsResponse]  # type: ignore[assignment]
+    GetDecision: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.GetDecisionRequest, _keybroker_pb2.GetDecisionResponse]  # type: ignore[assignment]
+    """One entry of the caller's tenant, whole, with its proof."""
+    FollowDecisions: _aio.UnaryStreamMultiCallable[_keybroker_pb2.FollowDecisionsRequest, _keybroker_pb2.FollowDecisionsResponse]  # type: ignore[assignment]
+    """The caller's entries as they come."""
+    GetCheckpoint: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.GetCheckpointRequest, _keybroker_pb2.GetCheckpointResponse]  # type: ignore[assignment]
+    """The log's size and root, signed."""
+    GetInclusionProof: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.GetInclusionProofRequest, _keybroker_pb2.GetInclusionProofResponse]  # type: ignore[assignment]
+    GetConsistencyProof: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.GetConsistencyProofRequest, _keybroker_pb2.GetConsistencyProofResponse]  # type: ignore[assignment]
+    ExportLog: _aio.UnaryStreamMultiCallable[_keybroker_pb2.ExportLogRequest, _keybroker_pb2.ExportLogResponse]  # type: ignore[assignment]
+    """Every leaf in order: whole entries of the caller's tenant, bare hashes of all others."""
 
 class DecisionLogServiceServicer(metaclass=_abc_1.ABCMeta):
     """The append-only log of decisions. Read-only; callers see their own tenant."""
@@ -195,4 +397,159 @@ class DecisionLogServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_keybroker_pb2.ListDecisionsResponse, _abc.Awaitable[_keybroker_pb2.ListDecisionsResponse]]: ...
 
+    @_abc_1.abstractmethod
+    def GetDecision(
+        self,
+        request: _keybroker_pb2.GetDecisionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.GetDecisionResponse, _abc.Awaitable[_keybroker_pb2.GetDecisionResponse]]:
+        """One entry of the caller's tenant, whole, with its proof."""
+
+    @_abc_1.abstractmethod
+    def FollowDecisions(
+        self,
+        request: _keybroker_pb2.FollowDecisionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_keybroker_pb2.FollowDecisionsResponse], _abc.AsyncIterator[_keybroker_pb2.FollowDecisionsResponse]]:
+        """The caller's entries as they come."""
+
+    @_abc_1.abstractmethod
+    def GetCheckpoint(
+        self,
+        request: _keybroker_pb2.GetCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.GetCheckpointResponse, _abc.Awaitable[_keybroker_pb2.GetCheckpointResponse]]:
+        """The log's size and root, signed."""
+
+    @_abc_1.abstractmethod
+    def GetInclusionProof(
+        self,
+        request: _keybroker_pb2.GetInclusionProofRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.GetInclusionProofResponse, _abc.Awaitable[_keybroker_pb2.GetInclusionProofResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetConsistencyProof(
+        self,
+        request: _keybroker_pb2.GetConsistencyProofRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.GetConsistencyProofResponse, _abc.Awaitable[_keybroker_pb2.GetConsistencyProofResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ExportLog(
+        self,
+        request: _keybroker_pb2.ExportLogRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_keybroker_pb2.ExportLogResponse], _abc.AsyncIterator[_keybroker_pb2.ExportLogResponse]]:
+        """Every leaf in order: whole entries of the caller's tenant, bare hashes of all others."""
+
 def add_DecisionLogServiceServicer_to_server(servicer: DecisionLogServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class BrokerServiceStub:
+    """The root key and the store, for operators. Until it is unsealed the broker serves this and nothing else."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> BrokerServiceAsyncStub: ...
+    GetSealStatus: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.GetSealStatusRequest, _keybroker_pb2.GetSealStatusResponse]
+    InitializeStore: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.InitializeStoreRequest, _keybroker_pb2.InitializeStoreResponse]
+    """Make the root key of a new store, in the broker; its recovery shares come back sealed to their holders."""
+    Unseal: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.UnsealRequest, _keybroker_pb2.UnsealResponse]
+    """Hand in one recovery share or the passphrase, sealed to the broker."""
+    Seal: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.SealRequest, _keybroker_pb2.SealResponse]
+    """Forget the root key."""
+    Rekey: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.RekeyRequest, _keybroker_pb2.RekeyResponse]
+    """Another root key, with new shares; the keys stay."""
+    Backup: _grpc.UnaryStreamMultiCallable[_keybroker_pb2.BackupRequest, _keybroker_pb2.BackupResponse]
+    """The whole store as it is now, authenticated; key material in it stays wrapped."""
+    MigrateKeys: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.MigrateKeysRequest, _keybroker_pb2.MigrateKeysResponse]
+    """Bring every key version under the back end of the configuration; data stays as it is."""
+    GetBackendStatus: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.GetBackendStatusRequest, _keybroker_pb2.GetBackendStatusResponse]
+
+@_typing.type_check_only
+class BrokerServiceAsyncStub(BrokerServiceStub):
+    """The root key and the store, for operators. Until it is unsealed the broker serves this and nothing else."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    GetSealStatus: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.GetSealStatusRequest, _keybroker_pb2.GetSealStatusResponse]  # type: ignore[assignment]
+    InitializeStore: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.InitializeStoreRequest, _keybroker_pb2.InitializeStoreResponse]  # type: ignore[assignment]
+    """Make the root key of a new store, in the broker; its recovery shares come back sealed to their holders."""
+    Unseal: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.UnsealRequest, _keybroker_pb2.UnsealResponse]  # type: ignore[assignment]
+    """Hand in one recovery share or the passphrase, sealed to the broker."""
+    Seal: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.SealRequest, _keybroker_pb2.SealResponse]  # type: ignore[assignment]
+    """Forget the root key."""
+    Rekey: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.RekeyRequest, _keybroker_pb2.RekeyResponse]  # type: ignore[assignment]
+    """Another root key, with new shares; the keys stay."""
+    Backup: _aio.UnaryStreamMultiCallable[_keybroker_pb2.BackupRequest, _keybroker_pb2.BackupResponse]  # type: ignore[assignment]
+    """The whole store as it is now, authenticated; key material in it stays wrapped."""
+    MigrateKeys: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.MigrateKeysRequest, _keybroker_pb2.MigrateKeysResponse]  # type: ignore[assignment]
+    """Bring every key version under the back end of the configuration; data stays as it is."""
+    GetBackendStatus: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.GetBackendStatusRequest, _keybroker_pb2.GetBackendStatusResponse]  # type: ignore[assignment]
+
+class BrokerServiceServicer(metaclass=_abc_1.ABCMeta):
+    """The root key and the store, for operators. Until it is unsealed the broker serves this and nothing else."""
+
+    @_abc_1.abstractmethod
+    def GetSealStatus(
+        self,
+        request: _keybroker_pb2.GetSealStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.GetSealStatusResponse, _abc.Awaitable[_keybroker_pb2.GetSealStatusResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def InitializeStore(
+        self,
+        request: _keybroker_pb2.InitializeStoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.InitializeStoreResponse, _abc.Awaitable[_keybroker_pb2.InitializeStoreResponse]]:
+        """Make the root key of a new store, in the broker; its recovery shares come back sealed to their holders."""
+
+    @_abc_1.abstractmethod
+    def Unseal(
+        self,
+        request: _keybroker_pb2.UnsealRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.UnsealResponse, _abc.Awaitable[_keybroker_pb2.UnsealResponse]]:
+        """Hand in one recovery share or the passphrase, sealed to the broker."""
+
+    @_abc_1.abstractmethod
+    def Seal(
+        self,
+        request: _keybroker_pb2.SealRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.SealResponse, _abc.Awaitable[_keybroker_pb2.SealResponse]]:
+        """Forget the root key."""
+
+    @_abc_1.abstractmethod
+    def Rekey(
+        self,
+        request: _keybroker_pb2.RekeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.RekeyResponse, _abc.Awaitable[_keybroker_pb2.RekeyResponse]]:
+        """Another root key, with new shares; the keys stay."""
+
+    @_abc_1.abstractmethod
+    def Backup(
+        self,
+        request: _keybroker_pb2.BackupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_keybroker_pb2.BackupResponse], _abc.AsyncIterator[_keybroker_pb2.BackupResponse]]:
+        """The whole store as it is now, authenticated; key material in it stays wrapped."""
+
+    @_abc_1.abstractmethod
+    def MigrateKeys(
+        self,
+        request: _keybroker_pb2.MigrateKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.MigrateKeysResponse, _abc.Awaitable[_keybroker_pb2.MigrateKeysResponse]]:
+        """Bring every key version under the back end of the configuration; data stays as it is."""
+
+    @_abc_1.abstractmethod
+    def GetBackendStatus(
+        self,
+        request: _keybroker_pb2.GetBackendStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.GetBackendStatusResponse, _abc.Awaitable[_keybroker_pb2.GetBackendStatusResponse]]: ...
+
+def add_BrokerServiceServicer_to_server(servicer: BrokerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -137,6 +137,10 @@ class Code(enum.Enum):
     KEY_STATE = CodeInfo(1313, Kind.STATE, "the key is in a state that does not allow this")
     KEY_QUOTA = CodeInfo(1314, Kind.EXHAUSTED, "the tenant has as many keys, or the key as many versions, as allowed")
     DATASET_VERSION = CodeInfo(1315, Kind.STATE, "the version of a data set does not follow the newest one known")
+    BROKER_SEALED = CodeInfo(1360, Kind.UNAVAILABLE, "the key broker is sealed: it answers when its root key is known")
+    SEAL_STATE = CodeInfo(1361, Kind.STATE, "the key broker's root key is in a state that does not allow this")
+    UNSEAL_REFUSED = CodeInfo(1362, Kind.DENIED, "this does not unseal the key broker")
+    BACKUP_INVALID = CodeInfo(1363, Kind.UNAUTHENTIC, "a backup is cut, damaged, or of another store")
     # 1400: sealed files
     SEALED_FILE_INVALID = CodeInfo(
         1401, Kind.UNAUTHENTIC, "a sealed file is damaged, cut, or not the one it claims to be"

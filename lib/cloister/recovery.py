@@ -14,11 +14,10 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
 import re
 import secrets
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 import shamir_mnemonic
 from cryptography.exceptions import InvalidTag
@@ -29,6 +28,7 @@ from shamir_mnemonic import MnemonicError, Share
 
 from cloister.errors import CloisterError, Code
 from cloister.secret import SecretBytes
+from cloister.strictjson import Members, StrictJsonError, Value, dump, load
 from cloister.tlv import tlv
 
 RECOVERY_KEY_SIZE: Final = 32
@@ -37,7 +37,8 @@ MAX_SHARES: Final = 16  # SLIP-39
 MAX_SEALED_BYTES: Final = 1024 * 1024  # of a whole sealed file
 _MAX_MNEMONIC_BYTES: Final = 512  # 33 words of at most 8 letters, and generous spaces
 _FORMAT: Final = "cloister-sealed-root-1"
-_FIELDS: Final = frozenset({"format", "purpose", "shares", "public", "salt", "ciphertext"})
+_SALT_SIZE: Final = 32
+_TAG_SIZE: Final = 16
 _PURPOSE: Final = re.compile(r"[a-z0-9-]{1,64}")
 _NONCE: Final = bytes(12)  # every sealing has a key of its own, made from its salt
 
@@ -178,47 +179,46 @@ class SealedRoot:
         """Seal a secret under a recovery key."""
         if not _PURPOSE.fullmatch(purpose):
             raise ValueError("a purpose is a short name")
-        empty = cls(purpose, shares, public, secrets.token_bytes(32), b"")
+        empty = cls(purpose, shares, public, secrets.token_bytes(_SALT_SIZE), b"")
         ciphertext = empty._cipher(key).encrypt(_NONCE, secret.reveal(), empty._associated())
         return cls(purpose, shares, public, empty.salt, ciphertext)
 
     @classmethod
     def parse(cls, data: bytes, *, purpose: str) -> SealedRoot:
         """Parse the file's form; raise CloisterError(SEALED_ROOT_INVALID) for anything but one of this purpose."""
-        if len(data) > MAX_SEALED_BYTES:
-            _refuse_sealed(f"longer than {MAX_SEALED_BYTES} bytes")
         try:
-            fields = json.loads(data.decode("ascii"), object_pairs_hook=_object)
-            if not isinstance(fields, dict) or set(fields) != _FIELDS or fields["format"] != _FORMAT:
-                _refuse_sealed(f"not of the form {_FORMAT}")
-            if fields["purpose"] != purpose:
-                _refuse_sealed(f"not sealed for {purpose}")
+            fields = Members(load(data, max_size=MAX_SEALED_BYTES), "the file")
+            if fields.text("format") != _FORMAT or fields.text("purpose") != purpose:
+                _refuse_sealed(f"it was not sealed for {purpose}")
+            shares = fields.items("shares", most=1)
             found = cls(
                 purpose,
-                _share_set(fields["shares"]),
-                *(_base64(fields[name]) for name in ("public", "salt", "ciphertext")),
+                _share_set(shares[0]) if shares else None,
+                *(_base64(fields.text(name, longest=MAX_SEALED_BYTES)) for name in ("public", "salt", "ciphertext")),
             )
-        except (ValueError, RecursionError, TypeError):
-            _refuse_sealed("cut or edited")
-        if len(found.salt) != 32 or len(found.ciphertext) < 16:
-            _refuse_sealed("cut or edited")
+            fields.end()
+        except (StrictJsonError, ValueError):
+            _refuse_sealed("it was cut or edited")
+        if len(found.salt) != _SALT_SIZE or len(found.ciphertext) < _TAG_SIZE:
+            _refuse_sealed("it was cut or edited")
         return found
 
     def to_bytes(self) -> bytes:
-        """Return the file's form: JSON, one line, ASCII."""
-        shares = self.shares and {
-            "threshold": self.shares.threshold,
-            "fingerprints": [one.hex() for one in self.shares.fingerprints],
-        }
-        fields = {
-            "format": _FORMAT,
-            "purpose": self.purpose,
-            "shares": shares,
-            "public": base64.b64encode(self.public).decode("ascii"),
-            "salt": base64.b64encode(self.salt).decode("ascii"),
-            "ciphertext": base64.b64encode(self.ciphertext).decode("ascii"),
-        }
-        return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii") + b"\n"
+        """Return the file's form: JSON in one line of ASCII, without a line end."""
+        shares = [] if self.shares is None else [self.shares]
+        return dump(
+            {
+                "format": _FORMAT,
+                "purpose": self.purpose,
+                "shares": [
+                    {"threshold": one.threshold, "fingerprints": [each.hex() for each in one.fingerprints]}
+                    for one in shares
+                ],
+                "public": base64.b64encode(self.public).decode("ascii"),
+                "salt": base64.b64encode(self.salt).decode("ascii"),
+                "ciphertext": base64.b64encode(self.ciphertext).decode("ascii"),
+            }
+        )
 
     def open(self, key: SecretBytes) -> SecretBytes:
         """Return the secret; raise CloisterError(SEALED_ROOT_INVALID) under another key or after any edit."""
@@ -279,27 +279,16 @@ def _refuse_sealed(why: str) -> NoReturn:
     ) from None
 
 
-def _share_set(value: Any) -> ShareSet | None:
-    if value is None:
-        return None
-    if (
-        not isinstance(value, dict)
-        or set(value) != {"threshold", "fingerprints"}
-        or type(value["threshold"]) is not int
-    ):
-        raise ValueError("shares")
-    return ShareSet(value["threshold"], tuple(bytes.fromhex(one) for one in value["fingerprints"]))
+def _share_set(value: Value) -> ShareSet:
+    fields = Members(value, "shares")
+    threshold = fields.integer("threshold", highest=MAX_SHARES)
+    fingerprints = fields.texts("fingerprints", most=MAX_SHARES, longest=64)
+    fields.end()
+    return ShareSet(threshold, tuple(bytes.fromhex(one) for one in fingerprints))
 
 
-def _base64(value: Any) -> bytes:
+def _base64(text: str) -> bytes:
     try:
-        return base64.b64decode(value.encode("ascii"), validate=True)
-    except (AttributeError, binascii.Error):
+        return base64.b64decode(text.encode("ascii"), validate=True)
+    except binascii.Error:
         raise ValueError("base64") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a field occurs twice")
-    return found

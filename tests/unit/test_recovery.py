@@ -200,7 +200,8 @@ def test_what_was_sealed_for_one_purpose_does_not_open_for_another() -> None:
 
 def test_each_edited_field_is_noticed() -> None:
     fields = json.loads(SEALED.to_bytes())
-    first, second, *rest = fields["shares"]["fingerprints"]
+    (shares,) = fields["shares"]
+    first, second, *rest = shares["fingerprints"]
     edits = [
         {"public": base64.b64encode(b"another part").decode()},
         {"salt": base64.b64encode(bytes(32)).decode()},
@@ -208,12 +209,14 @@ def test_each_edited_field_is_noticed() -> None:
         {"ciphertext": ""},
         {"salt": ""},
         {"salt": 7},
+        {"shares": []},
         {"shares": None},
-        {"shares": {**fields["shares"], "threshold": 2}},
-        {"shares": {**fields["shares"], "threshold": True}},
-        {"shares": {**fields["shares"], "fingerprints": [second, first, *rest]}},
-        {"shares": {**fields["shares"], "fingerprints": [first, first, *rest]}},
-        {"shares": {**fields["shares"], "fingerprints": "no list"}},
+        {"shares": [shares, shares]},
+        {"shares": [{**shares, "threshold": 2}]},
+        {"shares": [{**shares, "threshold": True}]},
+        {"shares": [{**shares, "fingerprints": [second, first, *rest]}]},
+        {"shares": [{**shares, "fingerprints": [first, first, *rest]}]},
+        {"shares": [{**shares, "fingerprints": "no list"}]},
         {"shares": [3]},
         {"format": "cloister-sealed-root-2"},
         {"more": 1},

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from cloister.errors import CloisterError, Code
 from cloister.merkle import leaf_hash, root_of
+from cloister.release.blocks import Block
+from cloister.release.keys import KeyState
 from cloister_keybroker.backends import KeyRef
 from cloister_keybroker.backends.embedded import WRAPPED_SIZE, EmbeddedBackend
 from cloister_keybroker.entry import Entry, EntryInvalid, LoggedEntry, Outline
-from cloister_keybroker.keys import KeyState
-from cloister_keybroker.release import Block
 from cloister_keybroker.rootkey import create_root_key, read_root_key
 from fakes.keybroker_harness import KEY, OTHER_KEY, TENANT, a_broker, owner
 

@@ -132,6 +132,11 @@ class Code(enum.Enum):
     RECEIPT_INVALID = CodeInfo(1308, Kind.UNAUTHENTIC, "the broker's receipt does not verify")
     KEY_URI_INVALID = CodeInfo(1309, Kind.USAGE, "not a key URI")
     STORE_DAMAGED = CodeInfo(1310, Kind.INTERNAL, "the key store is damaged or under another root key")
+    ENVELOPE_INVALID = CodeInfo(1311, Kind.USAGE, "a signed envelope does not parse, or holds another kind of document")
+    SIGNATURE_INVALID = CodeInfo(1312, Kind.UNAUTHENTIC, "a signature does not verify, or is not by who has to sign")
+    KEY_STATE = CodeInfo(1313, Kind.STATE, "the key is in a state that does not allow this")
+    KEY_QUOTA = CodeInfo(1314, Kind.EXHAUSTED, "the tenant has as many keys, or the key as many versions, as allowed")
+    DATASET_VERSION = CodeInfo(1315, Kind.STATE, "the version of a data set does not follow the newest one known")
     # 1400: sealed files
     SEALED_FILE_INVALID = CodeInfo(
         1401, Kind.UNAUTHENTIC, "a sealed file is damaged, cut, or not the one it claims to be"

@@ -29,7 +29,7 @@ class Source(enum.StrEnum):
     """Where a root key comes from."""
 
     FILE = "file"
-    PASSPHRASE = "passphrase"
+    PASSPHRASE = "passphrase"  # noqa: S105 - a name
     SHARES = "shares"
 
 

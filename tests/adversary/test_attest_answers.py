@@ -223,6 +223,8 @@ SPOILT: dict[str, Callable[[Any], None]] = {
     "another receipt key": lambda r: setattr(r.receipt, "receipt_spki_der", b"\x00" * 44),
     "another policy": lambda r: setattr(r, "policy_digest", b"\x00" * 48),
     "another policy version": lambda r: setattr(r, "policy_version", 2),
+    "a longer lease": lambda r: setattr(r, "lease_until_unix_ms", r.lease_until_unix_ms + 1),
+    "an earlier decision": lambda r: setattr(r, "decided_unix_ms", r.decided_unix_ms - 1),
 }
 
 

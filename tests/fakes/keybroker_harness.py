@@ -30,6 +30,7 @@ from cloister.keyuri import KeyUri
 from cloister.policyblocks import digest_text
 from cloister.release.decide import Peer
 from cloister.release.keys import KeyState, Purpose
+from cloister.protocol import LeaseTerms
 from cloister.runtime.pem import read_leaf
 from cloister.runtime.server import GrpcServer
 from cloister.secret import SecretBytes
@@ -159,7 +160,7 @@ class Td:
         return await self.broker.releases.release(self.workload, asked)
 
     def open(self, released: Released) -> SecretBytes:
-        return opened(self.hpke, released.data_key)
+        return opened(self.hpke, released.data_key, released.terms)
 
 
 @dataclass
@@ -240,11 +241,11 @@ def recipient(pair: HpkeKeyPair) -> Recipient:
     return Recipient(secrets.token_bytes(32), KEM_MLKEM768_X25519, pair.public_bytes)
 
 
-def opened(pair: HpkeKeyPair, answer: DataKeyAnswer) -> SecretBytes:
+def opened(pair: HpkeKeyPair, answer: DataKeyAnswer, terms: LeaseTerms = LeaseTerms()) -> SecretBytes:
     """Verify the receipt as a TD does, then open the data key."""
     receipt = answer.receipt
     message = answer.binding.receipt_message(
-        sealed=answer.sealed, log_id=receipt.log_id, index=receipt.place.index, root=receipt.place.root
+        sealed=answer.sealed, terms=terms, log_id=receipt.log_id, index=receipt.place.index, root=receipt.place.root
     )
     load_der_public_key(receipt.receipt_spki_der).verify(receipt.signature, message)  # type: ignore[union-attr,call-arg]
     return pair.open(answer.sealed, info=answer.binding.hpke_info())

@@ -132,6 +132,12 @@ class Code(enum.Enum):
     RECEIPT_INVALID = CodeInfo(1308, Kind.UNAUTHENTIC, "the broker's receipt does not verify")
     KEY_URI_INVALID = CodeInfo(1309, Kind.USAGE, "not a key URI")
     STORE_DAMAGED = CodeInfo(1310, Kind.INTERNAL, "the key store is damaged or under another root key")
+    CUSTODIAN_UNAVAILABLE = CodeInfo(1340, Kind.UNAVAILABLE, "the back end behind the key broker cannot be reached")
+    CUSTODIAN_REFUSED = CodeInfo(1341, Kind.STATE, "the back end refuses the key broker's credentials or its request")
+    CUSTODIAN_KEY_LOST = CodeInfo(1342, Kind.STATE, "the back end does not have its part of a key any more")
+    CUSTODIAN_ANSWER_INVALID = CodeInfo(1343, Kind.INTERNAL, "the back end answered what it cannot have meant")
+    CUSTODIAN_KEY_EXPIRING = CodeInfo(1344, Kind.STATE, "the back end is about to delete its part of a key")
+    CUSTODIAN_BUSY = CodeInfo(1345, Kind.EXHAUSTED, "the back end is asked too much at once")
     # 1400: sealed files
     SEALED_FILE_INVALID = CodeInfo(
         1401, Kind.UNAUTHENTIC, "a sealed file is damaged, cut, or not the one it claims to be"

@@ -180,7 +180,7 @@ class ReleaseDesk:
         data_key: FreshDataKey | None = None
         grounds: tuple[Block, ...] = ()
         if decide(0).granted:
-            data_key, block = await self._data_key(KeyRef(asked.key, version, record.state), stored, asked)
+            data_key, block = await self._data_key(KeyRef.of(record, version), stored, asked)
             grounds = (block,)
         wrapped = data_key.wrapped if data_key else asked.wrapped
         binding = self._binding(asked, version, record, wrapped)

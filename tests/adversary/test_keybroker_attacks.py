@@ -20,9 +20,9 @@ from cloister.errors import CloisterError, Code
 from cloister.hpke import HpkeError, HpkeKeyPair
 from cloister.identity import SpiffeId
 from cloister.keyuri import KeyUri
+from cloister.policyblocks import digest_text
+from cloister.release.keys import KeyState, Purpose
 from cloister_keybroker.answers import Recipient
-from cloister_keybroker.keys import KeyState, Purpose
-from cloister_keybroker.policy import digest_text
 from fakes.certs import TRUST_DOMAIN, TestCa
 from fakes.keybroker_harness import (
     COLLEAGUE,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from cloister.release.blocks import Block
 from cloister.tlv import parse_tlv, tlv
-from cloister_keybroker.release import Block
 
 _LABEL: Final = "cloister-log-entry-v1"
 _FIELDS: Final = 17

@@ -18,11 +18,12 @@ import apsw
 
 from cloister.errors import CloisterError, Code
 from cloister.keyuri import KeyUri
+from cloister.release.keys import KeyState, Purpose
 from cloister.runtime.database import Database
 from cloister.tlv import sha384, tlv
 from cloister_keybroker import log
 from cloister_keybroker.entry import Entry, LoggedEntry
-from cloister_keybroker.keys import KeyRecord, KeyState, Purpose
+from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.rootkey import RootKey
 
 _T = TypeVar("_T")

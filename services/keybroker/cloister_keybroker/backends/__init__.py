@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from cloister.errors import CloisterError, Code
 from cloister.keyuri import KeyUri
+from cloister.release.keys import KeyState, Purpose
 from cloister.secret import SecretBytes
 from cloister.tlv import sha384, tlv
-from cloister_keybroker.keys import KeyRecord, KeyState, Purpose
+from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.rootkey import RootKey
 
 if TYPE_CHECKING:

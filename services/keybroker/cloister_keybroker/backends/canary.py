@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Final, Self
 from cloister.atomicfile import file_error, write_atomically
 from cloister.errors import CloisterError, Code
 from cloister.keyuri import KeyUri
+from cloister.release.keys import KeyState
 from cloister.tlv import parse_tlv, sha384, tlv
 from cloister_keybroker.backends import Custodian, KeyRef
-from cloister_keybroker.keys import KeyState
 
 if TYPE_CHECKING:
     from cloister_keybroker.backends import Clock

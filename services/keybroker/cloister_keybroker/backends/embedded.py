@@ -16,10 +16,10 @@ from cryptography.exceptions import InvalidTag
 
 from cloister.errors import CloisterError, Code
 from cloister.keyuri import KeyUri
+from cloister.release.keys import KeyState
 from cloister.secret import SecretBytes
 from cloister_keybroker.backends import WRAPPING_KEY_SIZE, Capability, KeyRef, handle_damaged
 from cloister_keybroker.backends.wrapping import WrappingBackend, seal, unseal
-from cloister_keybroker.keys import KeyState
 from cloister_keybroker.rootkey import RootKey
 
 NAME: Final = "embedded"

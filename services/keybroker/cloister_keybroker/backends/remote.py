@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cloister.errors import CloisterError, Code
+from cloister.release.keys import KeyState
 from cloister.runtime.logging import get_logger
 from cloister.secret import SecretBytes
 from cloister.tlv import parse_tlv, tlv
@@ -36,7 +37,6 @@ from cloister_keybroker.backends import (
 )
 from cloister_keybroker.backends.canary import Canary
 from cloister_keybroker.backends.wrapping import WrappingBackend, seal, unseal
-from cloister_keybroker.keys import KeyState
 from cloister_keybroker.rootkey import RootKey
 
 if TYPE_CHECKING:

@@ -121,6 +121,13 @@ class Code(enum.Enum):
     COLLATERAL_NOT_FOUND = CodeInfo(1222, Kind.NOT_FOUND, "there is no collateral for this platform family")
     COLLATERAL_UNAVAILABLE = CodeInfo(1223, Kind.UNAVAILABLE, "collateral could not be fetched")
     COLLATERAL_INVALID = CodeInfo(1224, Kind.UNAUTHENTIC, "collateral does not verify, or is older than known")
+    SHARE_INVALID = CodeInfo(
+        1240, Kind.UNAUTHENTIC, "a recovery share is damaged, forged, of another set, or was given twice"
+    )
+    SHARES_MISSING = CodeInfo(1241, Kind.STATE, "more recovery shares are needed")
+    SEALED_ROOT_INVALID = CodeInfo(
+        1242, Kind.UNAUTHENTIC, "a sealed root was edited, or does not open under this recovery key"
+    )
     # 1300: keys
     KEY_NOT_FOUND = CodeInfo(1301, Kind.NOT_FOUND, "no such key of yours")
     KEY_EXISTS = CodeInfo(1302, Kind.EXISTS, "a key of this name exists")

@@ -22,9 +22,9 @@ from cloister.release.blocks import Block
 from cloister.release.keys import KeyState, Purpose
 from cloister.release.policy import ReleasePolicy, parse_policy
 from cloister.tlv import sha384
+from cloister.transparency.entry import Entry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient, check_wrapped, key_not_found
 from cloister_keybroker.backends import KeyBackend, KeyRef
-from cloister_keybroker.entry import Entry
 from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.store import KeyStore, StoredKey, Transaction
 

@@ -35,9 +35,9 @@ from cloister.runtime.pem import read_leaf
 from cloister.runtime.server import GrpcServer
 from cloister.secret import SecretBytes
 from cloister.tlv import sha384
+from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient
 from cloister_keybroker.backends.embedded import EmbeddedBackend
-from cloister_keybroker.entry import LoggedEntry
 from cloister_keybroker.nonces import NonceBook
 from cloister_keybroker.owners import Owner, OwnerDesk
 from cloister_keybroker.rootkey import create_root_key, read_root_key

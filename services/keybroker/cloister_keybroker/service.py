@@ -18,8 +18,8 @@ from cloister.release.keys import KeyState, Purpose
 from cloister.runtime.caller import current_caller, current_request_id
 from cloister.runtime.guard import CallerTable
 from cloister.runtime.server import Mounted
+from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, Receipt, Recipient, argument_error
-from cloister_keybroker.entry import LoggedEntry
 from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.owners import MAX_PAGE, Owner, OwnerDesk
 from cloister_keybroker.store import KeyStore

@@ -28,6 +28,7 @@ from cloister.release.keys import Purpose, job_of
 from cloister.release.policy import ReleasePolicy, parse_policy
 from cloister.runtime.credentials import CredentialSource
 from cloister.tlv import sha384
+from cloister.transparency.entry import Entry
 from cloister_keybroker.answers import (
     DataKeyAnswer,
     ReceiptSigner,
@@ -37,7 +38,6 @@ from cloister_keybroker.answers import (
     key_not_found,
 )
 from cloister_keybroker.backends import FreshDataKey, KeyBackend, KeyRef
-from cloister_keybroker.entry import Entry
 from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.log import LogPlace
 from cloister_keybroker.nonces import NonceBook
@@ -181,7 +181,7 @@ class ReleaseDesk:
         data_key: FreshDataKey | None = None
         grounds: tuple[Block, ...] = ()
         if decide(0).granted:
-            data_key, block = await self._data_key(KeyRef(asked.key, version, record.state), stored, asked)
+            data_key, block = await self._data_key(KeyRef.of(record, version), stored, asked)
             grounds = (block,)
         wrapped = data_key.wrapped if data_key else asked.wrapped
         binding = self._binding(asked, version, record, wrapped)
@@ -195,7 +195,9 @@ class ReleaseDesk:
             past = transaction.released_to_job(uri=asked.key, job=job, policy_digest=record.policy_digest)
             decision = Decision((*decide(past).blocks, *grounds))
             entry = self._entry(workload, asked, decision, binding)
-            return decision, transaction.append(entry, time_ms=_ms(self._clock()))
+            # Only authentic tokens are kept, for replays of other policies: no policy grants anything on others.
+            token = asked.token if isinstance(found, Ear) else ""
+            return decision, transaction.append(entry, time_ms=_ms(self._clock()), token=token)
 
         outcome = await self._store.write(work)
         if isinstance(outcome, _Changed):

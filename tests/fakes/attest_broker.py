@@ -32,6 +32,7 @@ from fakes.attest_harness import ATTEST_ID, TRUST_DOMAIN, LocalAttest
 PACKAGE = "cloister.api.keybroker.v1"
 BROKER_ID = f"spiffe://{TRUST_DOMAIN}/service/keybroker"
 POLICY_DIGEST = b"\x31" * 48
+NO_LEASE = LeaseTerms()
 DATA_KEY = b"\x77" * 32
 PURPOSE_TEXT = {pb.PURPOSE_TRAIN: "train", pb.PURPOSE_SERVE: "serve", pb.PURPOSE_EVALUATE: "evaluate"}
 
@@ -145,7 +146,7 @@ class Broker(rpc.KeyReleaseServiceServicer, rpc.KeyOwnerServiceServicer):
         return {"data_key": response.data_key, "receipt": response.receipt}
 
     def _answer(
-        self, binding: ReleaseBinding, wrapped: bytes, recipient: bytes, terms: LeaseTerms = LeaseTerms()
+        self, binding: ReleaseBinding, wrapped: bytes, recipient: bytes, terms: LeaseTerms = NO_LEASE
     ) -> tuple[pb.SealedDataKey, pb.Receipt]:
         bound = self.bind(binding)
         sealed = hpke.seal(recipient, SecretBytes(self.secret), info=bound.hpke_info())

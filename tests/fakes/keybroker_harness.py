@@ -28,9 +28,9 @@ from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
 from cloister.identity import Role, SpiffeId
 from cloister.keyuri import KeyUri
 from cloister.policyblocks import digest_text
+from cloister.protocol import LeaseTerms
 from cloister.release.decide import Peer
 from cloister.release.keys import KeyState, Purpose
-from cloister.protocol import LeaseTerms
 from cloister.runtime.pem import read_leaf
 from cloister.runtime.server import GrpcServer
 from cloister.secret import SecretBytes
@@ -55,6 +55,7 @@ COLLEAGUE = SpiffeId.of_user(TRUST_DOMAIN, tenant=TENANT, user="intern")
 STRANGER = SpiffeId.of_user(TRUST_DOMAIN, tenant="hospital-b", user="data-office")
 RANK = SpiffeId.of_rank(TRUST_DOMAIN, tenant=TENANT, job="j-1", rank=1)
 SCRIPT = b"\x23" * 48  # what sample_ear says
+NO_LEASE = LeaseTerms()
 CHANNEL = "TLSv1.3, X25519MLKEM768"
 
 Document = dict[str, Any]
@@ -241,7 +242,7 @@ def recipient(pair: HpkeKeyPair) -> Recipient:
     return Recipient(secrets.token_bytes(32), KEM_MLKEM768_X25519, pair.public_bytes)
 
 
-def opened(pair: HpkeKeyPair, answer: DataKeyAnswer, terms: LeaseTerms = LeaseTerms()) -> SecretBytes:
+def opened(pair: HpkeKeyPair, answer: DataKeyAnswer, terms: LeaseTerms = NO_LEASE) -> SecretBytes:
     """Verify the receipt as a TD does, then open the data key."""
     receipt = answer.receipt
     message = answer.binding.receipt_message(

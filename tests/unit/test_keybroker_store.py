@@ -20,7 +20,8 @@ from cloister.release.blocks import Block
 from cloister.release.keys import KeyState
 from cloister.transparency.entry import Entry, EntryInvalid, LoggedEntry, Outline
 from cloister_keybroker.backends import KeyRef
-from cloister_keybroker.backends.embedded import WRAPPED_SIZE, EmbeddedBackend
+from cloister_keybroker.backends.embedded import EmbeddedBackend
+from cloister_keybroker.backends.wrapping import WRAPPED_SIZE
 from cloister_keybroker.config import STORE_FILE
 from cloister_keybroker.rootkey import create_root_key, read_root_key
 from cloister_keybroker.sealrecord import SealRecord
@@ -331,27 +332,27 @@ def a_backend(tmp_path: Path) -> EmbeddedBackend:
 
 
 async def test_a_handle_is_bound_to_key_version_and_state(tmp_path: Path) -> None:
-    backend, ref = a_backend(tmp_path), KeyRef(KEY, 1, KeyState.ENABLED)
+    backend, ref = a_backend(tmp_path), KeyRef(KEY, 1, KeyState.ENABLED, frozenset())
     handle = await backend.create(ref)
     fresh = await backend.generate(ref, handle)
     assert len(fresh.wrapped) == WRAPPED_SIZE
     assert await backend.unwrap(ref, handle, fresh.wrapped) == fresh.secret
     for other in (
-        KeyRef(OTHER_KEY, 1, KeyState.ENABLED),
-        KeyRef(KEY, 2, KeyState.ENABLED),
-        KeyRef(KEY, 1, KeyState.DISABLED),
+        KeyRef(OTHER_KEY, 1, KeyState.ENABLED, frozenset()),
+        KeyRef(KEY, 2, KeyState.ENABLED, frozenset()),
+        KeyRef(KEY, 1, KeyState.DISABLED, frozenset()),
     ):
         with pytest.raises(CloisterError) as caught:
             await backend.unwrap(other, handle, fresh.wrapped)
         assert caught.value.code is Code.STORE_DAMAGED
     disabled = await backend.restate(ref, handle, KeyState.DISABLED)
-    back = await backend.restate(KeyRef(KEY, 1, KeyState.DISABLED), disabled, KeyState.ENABLED)
+    back = await backend.restate(KeyRef(KEY, 1, KeyState.DISABLED, frozenset()), disabled, KeyState.ENABLED)
     assert await backend.unwrap(ref, back, fresh.wrapped) == fresh.secret
     await backend.check()
 
 
 async def test_neither_keys_nor_data_keys_repeat(tmp_path: Path) -> None:
-    backend, ref = a_backend(tmp_path), KeyRef(KEY, 1, KeyState.ENABLED)
+    backend, ref = a_backend(tmp_path), KeyRef(KEY, 1, KeyState.ENABLED, frozenset())
     handle = await backend.create(ref)
     assert await backend.create(ref) != handle
     first, second = await backend.generate(ref, handle), await backend.generate(ref, handle)

@@ -156,9 +156,10 @@ class KeyReleaseServicer(rpc.KeyReleaseServiceServicer):
         return pb.ReleaseResponse(
             data_key=_data_key(released.data_key),
             receipt=_receipt(released.data_key.receipt),
-            policy_version=released.policy_version,
+            policy_version=released.terms.policy_version,
             policy_digest=released.data_key.binding.policy_digest,
-            lease_until_unix_ms=released.lease_until_ms,
+            lease_until_unix_ms=released.terms.lease_until_ms,
+            decided_unix_ms=released.terms.decided_ms,
         )
 
 

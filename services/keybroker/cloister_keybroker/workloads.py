@@ -20,7 +20,7 @@ from cloister.errors import CloisterError, Code
 from cloister.hpke import KEM_MLKEM768_X25519
 from cloister.identity import Role, SpiffeId
 from cloister.keyuri import KeyUri
-from cloister.protocol import NONCE_SIZE, ReleaseBinding
+from cloister.protocol import NONCE_SIZE, LeaseTerms, ReleaseBinding
 from cloister.release import decide as release
 from cloister.release.blocks import Block, Decision
 from cloister.release.decide import Counters, Peer
@@ -95,8 +95,7 @@ class Released:
     """A data key, and the policy under which the workload may hold it until the lease ends."""
 
     data_key: DataKeyAnswer
-    policy_version: int
-    lease_until_ms: int  # Unix milliseconds
+    terms: LeaseTerms
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,7 @@ class ReleaseDesk:
         data_key: FreshDataKey | None = None
         grounds: tuple[Block, ...] = ()
         if decide(0).granted:
-            data_key, block = await self._data_key(KeyRef(asked.key, version, record.state), stored, asked)
+            data_key, block = await self._data_key(KeyRef.of(record, version), stored, asked)
             grounds = (block,)
         wrapped = data_key.wrapped if data_key else asked.wrapped
         binding = self._binding(asked, version, record, wrapped)
@@ -206,9 +205,9 @@ class ReleaseDesk:
         decision, place = outcome
         if not decision.granted or policy is None:
             raise release.denial(request, decision)
-        receipt = self._signer.sign(binding, sealed=sealed, place=place)
-        answer = DataKeyAnswer(sealed, wrapped, binding, receipt)
-        return Released(answer, policy.version, _ms(now + policy.lease))
+        terms = LeaseTerms(policy.version, _ms(now), _ms(now + policy.lease))
+        receipt = self._signer.sign(binding, sealed=sealed, place=place, terms=terms)
+        return Released(DataKeyAnswer(sealed, wrapped, binding, receipt), terms)
 
     async def _data_key(self, ref: KeyRef, stored: StoredKey, asked: Asked) -> tuple[FreshDataKey | None, Block]:
         """Unwrap or make the data key that was decided for."""

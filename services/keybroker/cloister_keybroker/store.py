@@ -8,7 +8,8 @@ the last change the log knows of, so a row that was put back, added or removed i
 
 from __future__ import annotations
 
-import hmac
+import os
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -16,18 +17,19 @@ from typing import Final, TypeVar
 
 import apsw
 
+from cloister.atomicfile import file_error, sync_directory
 from cloister.errors import CloisterError, Code
 from cloister.runtime.database import Database
-from cloister_keybroker import log
+from cloister_keybroker import log, mark
 from cloister_keybroker.datasets import Registry
 from cloister_keybroker.rootkey import RootKey
+from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.transaction import Transaction, store_damaged
 
 _T = TypeVar("_T")
 
-_SCHEMA: Final = (
+SCHEMA: Final = (
     """
-CREATE TABLE store (only INTEGER PRIMARY KEY CHECK (only = 1), canary BLOB NOT NULL) STRICT;
 CREATE TABLE keys (
   uri TEXT PRIMARY KEY,
   tenant TEXT NOT NULL,
@@ -76,6 +78,7 @@ CREATE TABLE publications (
   PRIMARY KEY (uri, number)
 ) STRICT, WITHOUT ROWID;
 """
+    + mark.SCHEMA
     + log.SCHEMA,
 )
 
@@ -89,18 +92,58 @@ class KeyStore:
         self._registries: OrderedDict[bytes, Registry] = OrderedDict()  # used on the database's thread only
 
     @classmethod
-    async def open(cls, path: Path, root_key: RootKey) -> KeyStore:
-        """Open or create the store and verify all of it; raise CloisterError(STORE_DAMAGED) when it does not hold."""
-        store = cls(Database.open(path, _SCHEMA), root_key)
+    async def create(cls, path: Path, root_key: RootKey, record: SealRecord) -> KeyStore:
+        """Make a new, empty store; raise CloisterError(FILE_EXISTS) when there is one, or remains of one.
+
+        The file appears under its name when it is whole: an interrupted attempt leaves nothing that looks like a store.
+        """
+        remains = [path, path.with_name(f"{path.name}-wal")]
+        if any(file.exists() for file in remains):
+            raise CloisterError(
+                Code.FILE_EXISTS,
+                what=f"there is a store at {path}",
+                why="another in its place would lose its keys",
+                todo="use it, or name another directory",
+            )
+        unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        database = Database.open(unfinished, SCHEMA)
         try:
-            await store._database.write(store._create_or_recognise)
-            await store._database.read(store._verify)
-        except apsw.Error as error:
-            store.close()
-            raise store_damaged(f"SQLite: {error}") from None
+            await database.write(lambda connection: _begin(connection, root_key, record))
+            database.close()
+            os.link(unfinished, path)  # unlike rename, link refuses an existing name
+            sync_directory(path.parent)
+        except OSError as error:
+            raise file_error(error, what=f"cannot make the store {path}") from None
+        finally:
+            database.close()
+            for suffix in ("", "-wal", "-journal"):
+                unfinished.with_name(f"{unfinished.name}{suffix}").unlink(missing_ok=True)
+        return await cls.open(path, root_key)
+
+    @classmethod
+    def open_file(cls, path: Path) -> Database:
+        """Open the file of a store that is there; what it holds is for `unsealed` to judge."""
+        return Database.open(path, SCHEMA, create=False)
+
+    @classmethod
+    async def open(cls, path: Path, root_key: RootKey) -> KeyStore:
+        """Open a store and verify all of it; raise CloisterError(STORE_DAMAGED) when it does not hold."""
+        database = cls.open_file(path)
+        try:
+            return await cls.unsealed(database, root_key)
         except BaseException:
-            store.close()
+            database.close()
             raise
+
+    @classmethod
+    async def unsealed(cls, database: Database, root_key: RootKey) -> KeyStore:
+        """Verify a store whose file is open; raise CloisterError(STORE_DAMAGED) when it does not hold."""
+        store = cls(database, root_key)
+        try:
+            await database.read(lambda connection: mark.recognise(connection, root_key))
+            await database.read(store._verify)
+        except apsw.Error as error:
+            raise store_damaged(f"SQLite: {error}") from None
         return store
 
     async def read(self, work: Callable[[Transaction], _T]) -> _T:
@@ -118,23 +161,6 @@ class KeyStore:
     def _transaction(self, connection: apsw.Connection) -> Transaction:
         return Transaction(connection, self._root_key, self._registries)
 
-    def _create_or_recognise(self, connection: apsw.Connection) -> None:
-        """Mark a new store with its root key's canary; refuse a store of another root key."""
-        row = connection.execute("SELECT canary FROM store WHERE only = 1").fetchone()
-        if row is None:
-            filled = "SELECT EXISTS (SELECT 1 FROM keys) OR EXISTS (SELECT 1 FROM decisions)"
-            if connection.execute(filled).fetchone() != (0,):
-                raise store_damaged("its mark is missing")
-            connection.execute("INSERT INTO store VALUES (1, ?)", (self._root_key.canary(),))
-            log.create_head(connection, self._root_key)
-        elif not hmac.compare_digest(row[0], self._root_key.canary()):
-            raise CloisterError(
-                Code.STORE_DAMAGED,
-                what="the key store is under another root key",
-                why="the root key file is not the one this store was created with",
-                todo="start with the store's own root key file; it was not changed",
-            )
-
     def _verify(self, connection: apsw.Connection) -> None:
         """Compare every key's row with the last change that the (verified) log knows of; then what hangs on the row."""
         logged = log.verify(connection, self._root_key)
@@ -147,3 +173,8 @@ class KeyStore:
         for record in records:
             transaction.versions(record)
             transaction.registry(record)
+
+
+def _begin(connection: apsw.Connection, root_key: RootKey, record: SealRecord) -> None:
+    mark.write(connection, root_key, record)
+    log.create_head(connection, root_key)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from cloister.guest.enrol import Identity
 from cloister.runtime.server import Mounted
 from cloister_keybroker.answers import ReceiptSigner
+from cloister_keybroker.backends import KeyBackend
 from cloister_keybroker.backends.embedded import EmbeddedBackend
 from cloister_keybroker.owners import OwnerDesk
 from cloister_keybroker.rootkey import RootKey
@@ -19,13 +20,22 @@ from cloister_keybroker.workloads import ReleaseDesk
 
 
 @asynccontextmanager
-async def assembled(store: KeyStore, root_key: RootKey, *, identity: Identity) -> AsyncIterator[Sequence[Mounted]]:
+async def opened_backend(root_key: RootKey) -> AsyncIterator[KeyBackend]:
+    """Give the back end of the configuration; it is closed when the root key is forgotten."""
+    backend = EmbeddedBackend(root_key)
+    await backend.check()
+    try:
+        yield backend
+    finally:
+        await backend.aclose()
+
+
+@asynccontextmanager
+async def assembled(store: KeyStore, backend: KeyBackend, *, identity: Identity) -> AsyncIterator[Sequence[Mounted]]:
     """Give the services over an unsealed store, for the gate; what they need ends with the block.
 
     Work that goes on in the background begins and ends here, too: a sealed broker does none.
     """
-    backend = EmbeddedBackend(root_key)
-    await backend.check()
     signer = ReceiptSigner(identity.guest.keys.receipt)
     owners = OwnerDesk(store=store, backend=backend, signer=signer, broker_id=str(identity.spiffe_id), clock=_now)
     releases = ReleaseDesk(

@@ -92,6 +92,12 @@ def append(connection: apsw.Connection, root_key: RootKey, entry: Entry, *, time
     return LogPlace(index, frontier.root())
 
 
+def rekey(connection: apsw.Connection, old: RootKey, new: RootKey) -> None:
+    """Authenticate the head anew, for a root key that replaces another."""
+    head = read_head(connection, old)
+    connection.execute("UPDATE log_head SET mac = ? WHERE only = 1", (_mac(new, head),))
+
+
 def read_head(connection: apsw.Connection, root_key: RootKey) -> Frontier:
     """Return the log's frontier; raise STORE_DAMAGED when it is not one this broker wrote."""
     row = connection.execute("SELECT size, peaks, mac FROM log_head WHERE only = 1").fetchone()

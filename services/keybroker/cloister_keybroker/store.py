@@ -89,6 +89,7 @@ class KeyStore:
     def __init__(self, database: Database, root_key: RootKey) -> None:
         self._database = database
         self._root_key = root_key
+        self._retired = False
         self._registries: OrderedDict[bytes, Registry] = OrderedDict()  # used on the database's thread only
 
     @classmethod
@@ -154,11 +155,22 @@ class KeyStore:
         """Run `work` in a transaction; durable on disk before this returns, undone when `work` raises."""
         return await self._database.write(lambda connection: work(self._transaction(connection)))
 
+    def retire(self) -> None:
+        """Do nothing more: the root key is to be forgotten or replaced. What still holds this store gets an error."""
+        self._retired = True
+
     def close(self) -> None:
         """Close the file."""
         self._database.close()
 
     def _transaction(self, connection: apsw.Connection) -> Transaction:
+        if self._retired:  # looked at on the database's thread: no work that waited there gets past it
+            raise CloisterError(
+                Code.BROKER_SEALED,
+                what="the key broker was sealed meanwhile",
+                why="its root key was forgotten or replaced",
+                todo="try again when it is unsealed",
+            )
         return Transaction(connection, self._root_key, self._registries)
 
     def _verify(self, connection: apsw.Connection) -> None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import hmac
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,19 +25,22 @@ from cloister.protocol import NONCE_SIZE
 from cloister.release.blocks import Block
 from cloister.runtime.database import Database
 from cloister.runtime.logging import get_logger
+from cloister.runtime.server import Mounted
 from cloister.secret import SecretBytes
+from cloister.transparency.entry import Entry
 from cloister_keybroker import mark, rekey
-from cloister_keybroker.assembly import Assembled
+from cloister_keybroker.backends import KeyBackend
 from cloister_keybroker.config import RootKeyPlace
 from cloister_keybroker.gate import Gate
 from cloister_keybroker.operators import Operator
-from cloister_keybroker.rootfile import adopt_root_key, read_root_key, stage_root_key
-from cloister_keybroker.rootkey import RootKey
+from cloister_keybroker.rootkey import RootKey, adopt_root_key, read_root_key, stage_root_key, staged_root_key
 from cloister_keybroker.sealrecord import SealRecord, Source
 from cloister_keybroker.store import KeyStore
 from cloister_keybroker.unsealing import NewRoot, Unsealing
 
-Assemble: TypeAlias = Callable[[KeyStore, RootKey], AbstractAsyncContextManager[Assembled]]
+OnChange: TypeAlias = Callable[[bool], Awaitable[None]]
+OpenBackend: TypeAlias = Callable[[RootKey], AbstractAsyncContextManager[KeyBackend]]
+Assemble: TypeAlias = Callable[[KeyStore, KeyBackend], AbstractAsyncContextManager[Sequence[Mounted]]]
 
 _WAITING: Final = "the broker is sealed: its root key was not given to it since it started"
 _NO_STORE: Final = "the broker has no store yet"
@@ -63,86 +67,100 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
-class _Open:
+class Opened:
+    """What there is while the root key is known."""
+
     store: KeyStore
     root_key: RootKey
+    backend: KeyBackend
 
 
 class Vault:
     """The store of one broker. Belongs to one event loop."""
 
-    def __init__(self, path: Path, place: RootKeyPlace, *, clock_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, path: Path, place: RootKeyPlace, open_backend: OpenBackend, *, clock_s: Callable[[], float]
+    ) -> None:
         """Use `open`."""
         self.path = path
         self._place = place
+        self._open_backend = open_backend
         self._clock_s = clock_s
         self._lock = asyncio.Lock()  # operators act one after the other
         self._database: Database | None = None
-        self._mark: mark.Mark | None = None
-        self._unsealing: Unsealing | None = None
-        self._open: _Open | None = None
-        self._next: tuple[NewRoot, Unsealing] | None = None
+        self._unsealing: Unsealing | None = None  # set with the database
+        self._opened: Opened | None = None
+        self._next: tuple[NewRoot, Unsealing] | None = None  # what waits to replace the root key
         self._nonce = secrets.token_bytes(NONCE_SIZE)
-        self._gate: Gate | None = None
+        self._gate = Gate()
         self._assemble: Assemble | None = None
+        self._backends = AsyncExitStack()
         self._behind = AsyncExitStack()
-        self._assembled: Assembled | None = None
-        self._on_change: Callable[[bool], None] = lambda _unsealed: None
+        self._on_change: OnChange | None = None
 
     @classmethod
-    async def open(cls, path: Path, place: RootKeyPlace, *, clock_s: Callable[[], float] = time.monotonic) -> Vault:
+    async def open(
+        cls,
+        path: Path,
+        place: RootKeyPlace,
+        open_backend: OpenBackend,
+        *,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> Vault:
         """Open the store; with a root key file unseal and verify it. No store is ever made here.
 
         Raises CloisterError: no store, another root key, a damaged store, a configuration that is not the store's.
         """
-        vault = cls(path, place, clock_s=clock_s)
+        vault = cls(path, place, open_backend, clock_s=clock_s)
         try:
-            if place.source is Source.FILE or path.exists():
-                if place.source is Source.FILE:
-                    read_root_key(place.file)  # what is wrong with it is said before anything about the store
-                await vault._open_file()
             if place.source is Source.FILE:
-                await vault._verify(vault._root_key_of_file())
+                read_root_key(place.file)  # what is wrong with it is said before anything about the store
+                await vault._open_file()
+                await vault._unseal(vault._root_key_of_file())
+            elif path.exists():
+                await vault._open_file()
         except BaseException:
-            vault.close()
+            await vault.aclose()
             raise
         return vault
 
-    @property
-    def sealed(self) -> bool:
-        """True while the root key is not known."""
-        return self._open is None
-
     def status(self) -> Status:
         """Say where the vault stands."""
-        source = self._mark.record.source if self._mark else self._place.source
-        state = State.UNSEALED if self._open else State.SEALED if self._database else State.UNINITIALIZED
-        waiting = self._next[1] if self._next else None if self._open else self._unsealing
-        have, need = (waiting.have, waiting.need) if waiting and source is not Source.FILE else (0, 0)
-        if self._next:
-            have, need, source = self._next[1].have, self._next[1].need, self._next[0].record.source
-        return Status(state, source, have, need, self._nonce)
+        state = State.UNSEALED if self._opened else State.SEALED if self._database else State.UNINITIALIZED
+        unsealing = self._next[1] if self._next else None if self._opened else self._unsealing
+        if unsealing is not None and unsealing.record.source is not Source.FILE:
+            return Status(state, unsealing.record.source, unsealing.have, unsealing.need, self._nonce)
+        source = self._unsealing.record.source if self._unsealing else self._place.source
+        return Status(state, source, 0, 0, self._nonce)
 
-    async def attach(self, gate: Gate, assemble: Assemble) -> None:
-        """Let this gate open as soon as the store is unsealed; now, if it is."""
-        self._gate, self._assemble = gate, assemble
-        if self._open is not None:
-            await self._open_gate(self._open)
+    @property
+    def opened(self) -> Opened:
+        """What there is while the root key is known; raises CloisterError(BROKER_SEALED)."""
+        if self._opened is None:
+            raise CloisterError(
+                Code.BROKER_SEALED,
+                what="the key broker is sealed",
+                why=_WAITING if self._database else _NO_STORE,
+                todo="unseal it first: cloister broker unseal",
+            )
+        return self._opened
+
+    async def attach(self, gate: Gate, assemble: Assemble, on_change: OnChange) -> None:
+        """Let this gate open as soon as the store is unsealed; now, if it is.
+
+        `on_change` is awaited with whether the broker is unsealed, whenever that changes.
+        """
+        self._gate, self._assemble, self._on_change = gate, assemble, on_change
+        if self._opened is not None:
+            await self._open_gate(self._opened)
         else:
             await gate.shut(_WAITING if self._database else _NO_STORE)
 
-    def on_change(self, callback: Callable[[bool], None]) -> None:
-        """Call back with whether the broker is unsealed, whenever that changes."""
-        self._on_change = callback
-
-    async def detach(self) -> None:
-        """Shut the gate for good and end what is behind it."""
-        if self._gate is not None:
-            await self._gate.shut("the broker is stopping")
+    async def aclose(self) -> None:
+        """Shut the gate for good, end what is behind it and close the file; a second call does nothing."""
+        await self._gate.shut("the broker is stopping")
         await self._behind.aclose()
-
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
+        await self._backends.aclose()
         if self._database is not None:
             self._database.close()
 
@@ -155,15 +173,15 @@ class Vault:
             if self._place.source is not new.record.source:
                 raise _other_source(new.record, self._place)
             if self._database is not None:
-                if self._open is not None or not await self._database.read(rekey.is_unused):
+                if self._opened is not None or not await self._database.read(rekey.is_unused):
                     raise _state("there is a store already", "another would lose its keys", "unseal it")
                 self._database.close()
-                self._database = None
+                self._database, self._unsealing = None, None
                 self.path.unlink()
             (await KeyStore.create(self.path, new.root_key, new.record)).close()
             await self._open_file()
-            if self._gate is not None:
-                await self._gate.shut(_WAITING)
+            self._renew_nonce()
+            await self._gate.shut(_WAITING)
             get_logger().info("store made", source=new.record.source.value)
 
     async def hand_in(self, secret: SecretBytes, operator: Operator) -> None:
@@ -176,40 +194,34 @@ class Vault:
                 new, unsealing = self._next
                 if await asyncio.to_thread(unsealing.hand_in, secret, str(operator.spiffe_id)) is not None:
                     self._next = None
-                    await self._replace_root(new, operator, unsealing)
+                    await self._replace_root(new, operator.entry("rekey", _handed_in(unsealing)))
                 return
-            if self._open is not None:
+            if self._opened is not None:
                 raise _state("the broker is unsealed", "nothing is waited for", "nothing has to be done")
             if self._unsealing is None:
                 raise _state(_NO_STORE, "there is nothing to unseal", "make one: cloister broker init")
             root_key = await self._root_key(self._unsealing, secret, operator)
             if root_key is not None:
-                unsealing = self._unsealing
-                await self._verify(root_key)
-                await self._record("unseal", operator, _handed_in(unsealing))
-                unsealing.clear()
-                unsealing.refused.clear()
-                self._renew_nonce()
-                if self._open is not None:
-                    await self._open_gate(self._open)
+                await self._unseal_now(root_key, operator, self._unsealing)
                 get_logger().info("unsealed", operator=str(operator.spiffe_id))
 
     async def seal(self, operator: Operator) -> None:
         """Shut the gate and forget the root key; nothing happens when it is not known."""
         async with self._lock:
-            if self._open is None:
+            if self._opened is None:
                 return
-            await self._record("seal", operator, ())
+            entry = operator.entry("seal")
+            await self._opened.store.write(lambda transaction: transaction.append(entry, time_ms=_now_ms()))
             await self._shut_gate("an operator sealed it")
-            self._open, self._next = None, None
+            await self._forget()
+            self._next = None
             self._renew_nonce()
             get_logger().info("sealed", operator=str(operator.spiffe_id))
 
     async def begin_rekey(self, new: NewRoot) -> None:
         """Have another root key wait until it is handed in; of two the last counts."""
         async with self._lock:
-            if self._open is None:
-                raise _state("the broker is sealed", "its keys cannot be read", "unseal it first")
+            _ = self.opened
             self._next = (new, Unsealing(new.record, new.root_key.canary(), self._clock_s))
             self._renew_nonce()
 
@@ -218,104 +230,111 @@ class Vault:
         if self._place.source is not Source.FILE:
             raise _other_source(SealRecord(), self._place)
         async with self._lock:
-            if self._open is None:
-                raise _state("the broker is sealed", "its keys cannot be read", "unseal it first")
+            _ = self.opened
             self._next = None
-            # The file of the next root key is there before the store is under it, and takes the name afterwards.
-            new = stage_root_key(self._place.file)
-            await self._replace_root(NewRoot(new, SealRecord()), operator, None)
+            # The next root key is on the disk before the store is under it, and takes the file's name afterwards.
+            new = NewRoot(stage_root_key(self._place.file), SealRecord())
+            await self._replace_root(new, operator.entry("rekey"))
             adopt_root_key(self._place.file)
-
-    def opened(self) -> tuple[KeyStore, Assembled]:
-        """Return the store and what is behind the gate; raise CloisterError(BROKER_SEALED)."""
-        if self._open is None or self._assembled is None:
-            raise CloisterError(
-                Code.BROKER_SEALED,
-                what="the key broker is sealed",
-                why=_WAITING if self._database else _NO_STORE,
-                todo="unseal it first: cloister broker unseal",
-            )
-        return self._open.store, self._assembled
-
-    @property
-    def root_key(self) -> RootKey:
-        """The root key; raises CloisterError(BROKER_SEALED)."""
-        self.opened()
-        return self._open.root_key  # type: ignore[union-attr]  # opened() has looked
 
     async def _root_key(self, unsealing: Unsealing, secret: SecretBytes, operator: Operator) -> RootKey | None:
         if unsealing.record.source is not Source.FILE:
             return await asyncio.to_thread(unsealing.hand_in, secret, str(operator.spiffe_id))
         if len(secret):
-            raise _state("nothing is handed in here", "the root key is in a file", "send nothing: the file is read again")
+            raise _state("nothing is handed in here", "the root key is in a file", "send nothing: it is read again")
         return self._root_key_of_file()
 
+    async def _unseal_now(self, root_key: RootKey, operator: Operator, unsealing: Unsealing) -> None:
+        try:
+            await self._unseal(root_key, operator.entry("unseal", _handed_in(unsealing)))
+            unsealing.refused.clear()
+            await self._open_gate(self.opened)
+        except BaseException:
+            await self._forget()
+            raise
+        finally:
+            unsealing.clear()
+            self._renew_nonce()
+
     def _root_key_of_file(self) -> RootKey:
-        """Read the file; when a replacement was interrupted, finish it or drop it, as the store says."""
-        path, found = self._place.file, read_root_key(self._place.file)
-        if self._mark is None or self._mark.is_of(found):
-            return found
-        staged = path.with_name(f"{path.name}.next")
-        if staged.exists() and self._mark.is_of(other := read_root_key(staged)):
+        """Read the file; a replacement that was interrupted behind the store's own change is finished."""
+        path = self._place.file
+        found, staged = read_root_key(path), staged_root_key(path)
+        canary = self._unsealing.canary if self._unsealing else b""
+        if staged is not None and hmac.compare_digest(staged.canary(), canary):
             adopt_root_key(path)
-            return other
-        return found  # the store says what is wrong with it
+            return staged
+        return found  # if it is another one, the store says so
 
     async def _open_file(self) -> None:
         self._database = KeyStore.open_file(self.path)
-        self._mark = await self._database.read(mark.read)
-        if self._mark.record.source is not self._place.source:
-            raise _other_source(self._mark.record, self._place)
-        self._unsealing = Unsealing(self._mark.record, self._mark.canary, self._clock_s)
+        found = await self._database.read(mark.read)
+        if found.record.source is not self._place.source:
+            raise _other_source(found.record, self._place)
+        self._unsealing = Unsealing(found.record, found.canary, self._clock_s)
 
-    async def _verify(self, root_key: RootKey) -> None:
+    async def _unseal(self, root_key: RootKey, entry: Entry | None = None) -> None:
+        """Verify the store under its root key and open its back ends; the first thing that is done goes to the log."""
         if self._database is None:
             raise RuntimeError("there is no store")
-        self._open = _Open(await KeyStore.unsealed(self._database, root_key), root_key)
+        store = await KeyStore.unsealed(self._database, root_key)
+        backend = await self._backends.enter_async_context(self._open_backend(root_key))
+        if entry is not None:
+            await store.write(lambda transaction: transaction.append(entry, time_ms=_now_ms()))
+        self._opened = Opened(store, root_key, backend)
 
-    async def _replace_root(self, new: NewRoot, operator: Operator, unsealing: Unsealing | None) -> None:
+    async def _forget(self) -> None:
+        if self._opened is not None:
+            self._opened.store.retire()
+        self._opened = None
+        await self._backends.aclose()
+
+    async def _replace_root(self, new: NewRoot, entry: Entry) -> None:
         """Make every handle and MAC again under the new root key, in one transaction; old ones open nothing."""
-        old, (_, assembled) = self._open, self.opened()
-        if old is None or self._database is None:
-            raise RuntimeError("a sealed vault has no root key to replace")
-        entry = operator.entry("rekey", _handed_in(unsealing) if unsealing else ())
-        # The long part, which may ask back ends, while the gate is still open; what changes meanwhile is made again.
-        handles = await rekey.remade_handles(old.store, assembled.backend, new.root_key, {})
-        await self._shut_gate(_REKEYING, keep_backend=True)
+        old = self.opened
+        if self._database is None:
+            raise RuntimeError("there is no store")
+        # The long part, which may ask other stores, while the gate is open; what changes meanwhile is made again.
+        handles = await rekey.remade_handles(old.store, old.backend, new.root_key, {})
+        await self._shut_gate(_REKEYING)
         try:
-            handles = await rekey.remade_handles(old.store, assembled.backend, new.root_key, handles)
+            handles = await rekey.remade_handles(old.store, old.backend, new.root_key, handles)
+            old.store.retire()
             await self._database.write(
-                lambda connection: rekey.replace(connection, old.root_key, new, handles, entry, time_ms=_now_ms())
+                lambda connection: rekey.replace(
+                    connection,
+                    old=old.root_key,
+                    new=new.root_key,
+                    record=new.record,
+                    handles=handles,
+                    entry=entry,
+                    time_ms=_now_ms(),
+                )
             )
-            self._mark = mark.Mark(new.root_key.canary(), new.record)
-            self._unsealing = Unsealing(new.record, self._mark.canary, self._clock_s)
-            await self._verify(new.root_key)
-        finally:
-            await self._behind.aclose()
-            self._renew_nonce()
-            await self._open_gate(self._open or old)
-        get_logger().info("root key replaced", operator=str(operator.spiffe_id), source=new.record.source.value)
+        except BaseException:
+            await self._reopen(old.root_key)
+            raise
+        self._unsealing = Unsealing(new.record, new.root_key.canary(), self._clock_s)
+        await self._reopen(new.root_key)
+        get_logger().info("root key replaced", operator=entry.caller, source=new.record.source.value)
 
-    async def _open_gate(self, opened: _Open) -> None:
-        if self._gate is None or self._assemble is None:
+    async def _reopen(self, root_key: RootKey) -> None:
+        await self._forget()
+        self._renew_nonce()
+        await self._unseal(root_key)
+        await self._open_gate(self.opened)
+
+    async def _open_gate(self, opened: Opened) -> None:
+        if self._assemble is None or self._on_change is None:
             raise RuntimeError("no gate is attached")
-        self._behind = AsyncExitStack()
-        self._assembled = await self._behind.enter_async_context(self._assemble(opened.store, opened.root_key))
-        self._gate.open(self._assembled.services)
-        self._on_change(True)
+        self._gate.open(await self._behind.enter_async_context(self._assemble(opened.store, opened.backend)))
+        await self._on_change(True)
 
-    async def _shut_gate(self, why: str, *, keep_backend: bool = False) -> None:
-        if self._gate is not None:
-            await self._gate.shut(why)
-        self._on_change(False)
-        self._assembled = None
-        if not keep_backend:
-            await self._behind.aclose()
-
-    async def _record(self, action: str, operator: Operator, blocks: Sequence[Block]) -> None:
-        if self._open is not None:
-            entry = operator.entry(action, blocks)
-            await self._open.store.write(lambda transaction: transaction.append(entry, time_ms=_now_ms()))
+    async def _shut_gate(self, why: str) -> None:
+        await self._gate.shut(why)
+        if self._on_change is not None:
+            await self._on_change(False)
+        await self._behind.aclose()
 
     def _renew_nonce(self) -> None:
         self._nonce = secrets.token_bytes(NONCE_SIZE)

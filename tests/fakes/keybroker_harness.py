@@ -41,6 +41,7 @@ from cloister_keybroker.backends.embedded import EmbeddedBackend
 from cloister_keybroker.nonces import NonceBook
 from cloister_keybroker.owners import Owner, OwnerDesk
 from cloister_keybroker.rootkey import create_root_key, read_root_key
+from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.service import CALLERS, mounted
 from cloister_keybroker.store import KeyStore
 from cloister_keybroker.workloads import Asked, Released, ReleaseDesk, Workload
@@ -182,6 +183,8 @@ class Broker:
         if not root_key_path.exists():
             create_root_key(root_key_path)
         root_key = read_root_key(root_key_path)
+        if not store_path.exists():
+            (await KeyStore.create(store_path, root_key, SealRecord())).close()
         store = await KeyStore.open(store_path, root_key)
         backend, receipt_key = EmbeddedBackend(root_key), Ed25519PrivateKey.generate()
         signer, broker_id, nonces = (

@@ -54,7 +54,16 @@ def a_policy(release: dict[str, str] | None = None, **when: Any) -> ReleasePolic
 
 
 def a_key(policy: ReleasePolicy, **changes: Any) -> KeyRecord:
-    record = KeyRecord(KEY, str(OWNER), KeyState.ENABLED, frozenset(Purpose), 1, 0, policy.version, policy.digest)
+    record = KeyRecord(
+        uri=KEY,
+        owner=str(OWNER),
+        signer="did:key:z6Mk",
+        state=KeyState.ENABLED,
+        purposes=frozenset(Purpose),
+        created_ms=0,
+        policy_version=policy.version,
+        policy_digest=policy.digest,
+    )
     return dataclasses.replace(record, **changes)
 
 
@@ -310,7 +319,7 @@ def test_a_service_is_never_given_a_key(role: Role) -> None:
 
 
 def test_without_a_policy_nothing_is_released() -> None:
-    record = KeyRecord(KEY, str(OWNER), KeyState.ENABLED, frozenset(Purpose), 1, 0)
+    record = a_key(a_policy())
     decision = decide(REQUEST, an_ear(), PEER, None, record, COUNTERS, NOW)
     assert failed(decision) == ["policy"]
     assert denial(REQUEST, decision).code is Code.RELEASE_DENIED

@@ -281,8 +281,8 @@ def _release(request: Request, policy: ReleasePolicy, counters: Counters) -> Ite
 
 def _key(request: Request, caller: Peer, key: KeyFacts) -> Iterable[Block]:
     """Step 8."""
-    ok = 1 <= request.key_version <= key.newest
-    yield _text_block("key.version", ok, f"1 to {key.newest}", str(request.key_version))
+    ok = key.min_version <= request.key_version <= key.newest
+    yield _text_block("key.version", ok, f"{key.min_version} to {key.newest}", str(request.key_version))
     yield _text_block("key.state", key.state is KeyState.ENABLED, KeyState.ENABLED.value, key.state.value)
     allowed = ROLE_PURPOSES.get(caller.spiffe_id.role, frozenset()) & key.purposes
     wanted = " or ".join(sorted(purpose.value for purpose in allowed)) or "none for this role"

@@ -105,6 +105,7 @@ class _Key:
     newest: int
     policy_version: int
     policy_digest: bytes
+    min_version: int = 1
     purposes: frozenset[Purpose] = frozenset(Purpose)
 
 

@@ -89,6 +89,22 @@ class AtomicFile:
             raise self._failed from error
         return size
 
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write all of the bytes at an offset; several threads may do so at once. Leaves the position of `write`."""
+        if self._failed:
+            raise self._failed
+        try:
+            while data:
+                count = os.pwrite(self._descriptor, data, offset)
+                data, offset = data[count:], offset + count
+        except OSError as error:
+            self._failed = self._error(error)
+            raise self._failed from error
+
+    def seek(self, offset: int) -> None:
+        """Let `write` go on at this offset, behind what `write_at` wrote."""
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
+
     def commit(self) -> None:
         """Sync, rename over the old file and sync the directory."""
         if self._failed:

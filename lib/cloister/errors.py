@@ -121,6 +121,13 @@ class Code(enum.Enum):
     COLLATERAL_NOT_FOUND = CodeInfo(1222, Kind.NOT_FOUND, "there is no collateral for this platform family")
     COLLATERAL_UNAVAILABLE = CodeInfo(1223, Kind.UNAVAILABLE, "collateral could not be fetched")
     COLLATERAL_INVALID = CodeInfo(1224, Kind.UNAUTHENTIC, "collateral does not verify, or is older than known")
+    SHARE_INVALID = CodeInfo(
+        1240, Kind.UNAUTHENTIC, "a recovery share is damaged, forged, of another set, or was given twice"
+    )
+    SHARES_MISSING = CodeInfo(1241, Kind.STATE, "more recovery shares are needed")
+    SEALED_ROOT_INVALID = CodeInfo(
+        1242, Kind.UNAUTHENTIC, "a sealed root was edited, or does not open under this recovery key"
+    )
     # 1300: keys
     KEY_NOT_FOUND = CodeInfo(1301, Kind.NOT_FOUND, "no such key of yours")
     KEY_EXISTS = CodeInfo(1302, Kind.EXISTS, "a key of this name exists")
@@ -132,6 +139,11 @@ class Code(enum.Enum):
     RECEIPT_INVALID = CodeInfo(1308, Kind.UNAUTHENTIC, "the broker's receipt does not verify")
     KEY_URI_INVALID = CodeInfo(1309, Kind.USAGE, "not a key URI")
     STORE_DAMAGED = CodeInfo(1310, Kind.INTERNAL, "the key store is damaged or under another root key")
+    ENVELOPE_INVALID = CodeInfo(1311, Kind.USAGE, "a signed envelope does not parse, or holds another kind of document")
+    SIGNATURE_INVALID = CodeInfo(1312, Kind.UNAUTHENTIC, "a signature does not verify, or is not by who has to sign")
+    KEY_STATE = CodeInfo(1313, Kind.STATE, "the key is in a state that does not allow this")
+    KEY_QUOTA = CodeInfo(1314, Kind.EXHAUSTED, "the tenant has as many keys, or the key as many versions, as allowed")
+    DATASET_VERSION = CodeInfo(1315, Kind.STATE, "the version of a data set does not follow the newest one known")
     # 1400: sealed files
     SEALED_FILE_INVALID = CodeInfo(
         1401, Kind.UNAUTHENTIC, "a sealed file is damaged, cut, or not the one it claims to be"

@@ -17,8 +17,8 @@ import pytest
 from cloister.errors import CloisterError, Code
 from cloister.hpke import HpkeKeyPair
 from cloister.keyuri import KeyUri
+from cloister.release.keys import KeyState
 from cloister.tlv import sha384
-from cloister_keybroker.keys import KeyState
 from fakes import keybroker_harness
 from fakes.certs import TestCa
 from fakes.keybroker_harness import Broker, opened, owner, recipient

@@ -27,18 +27,18 @@ from cloister.errors import CloisterError
 from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
 from cloister.identity import Role, SpiffeId
 from cloister.keyuri import KeyUri
+from cloister.policyblocks import digest_text
+from cloister.release.decide import Peer
+from cloister.release.keys import KeyState, Purpose
 from cloister.runtime.pem import read_leaf
 from cloister.runtime.server import GrpcServer
 from cloister.secret import SecretBytes
 from cloister.tlv import sha384
+from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient
 from cloister_keybroker.backends.embedded import EmbeddedBackend
-from cloister_keybroker.entry import LoggedEntry
-from cloister_keybroker.keys import KeyState, Purpose
 from cloister_keybroker.nonces import NonceBook
 from cloister_keybroker.owners import Owner, OwnerDesk
-from cloister_keybroker.policy import digest_text
-from cloister_keybroker.release import Peer
 from cloister_keybroker.rootkey import create_root_key, read_root_key
 from cloister_keybroker.service import CALLERS, mounted
 from cloister_keybroker.store import KeyStore

@@ -7,9 +7,9 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["yaml", "cloister.strictyaml", "cloister_keybroker"]):
+with atheris.instrument_imports(include=["yaml", "cloister.strictyaml", "cloister.release"]):
     from cloister.errors import CloisterError, Code
-    from cloister_keybroker.policy import parse_policy
+    from cloister.release.policy import parse_policy
 
 # A whole policy to mutate: without it the fuzzer would spend its time on the first four keys.
 _SEED = b"""apiVersion: cloister.dev/v1

@@ -29,10 +29,10 @@ from cloister.cli.stack import last_words, readable
 from cloister.cli.stackconfig import StackOptions
 from cloister.cli.state import StateDirectory
 from cloister.errors import CloisterError, Code
+from cloister.release.policy import parse_policy
 from cloister.runtime.config import load_config
 from cloister_attest.config import AttestConfig
 from cloister_keybroker.config import Config as KeybrokerConfig
-from cloister_keybroker.policy import parse_policy
 from cloister_serving.config import GatewayConfig
 from cloister_trainer.config import TrainerConfig
 

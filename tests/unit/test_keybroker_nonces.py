@@ -6,7 +6,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 from cloister.identity import SpiffeId
-from cloister_keybroker.keys import Purpose
+from cloister.release.keys import Purpose
 from cloister_keybroker.nonces import LIFE, MAX_PER_CALLER, MAX_TOTAL, NonceBook
 from fakes.keybroker_harness import KEY, OTHER_KEY, RANK, TENANT, TRUST_DOMAIN
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from cloister.cli.policyfile import PolicyDraft
 from cloister.errors import CloisterError, Code
 from cloister.hpke import KEM_MLKEM768_X25519
-from cloister_keybroker.keys import Purpose
-from cloister_keybroker.policy import MEASUREMENTS, TCB_STATUSES, WRAPS, SpiffeGlob, canonical, digest_of, parse_policy
+from cloister.policyblocks import TCB_STATUSES, canonical, digest_of
+from cloister.release.keys import Purpose
+from cloister.release.policy import MEASUREMENTS, WRAPS, SpiffeGlob, parse_policy
 from fakes.keybroker_harness import KEY, OWNER, Document, as_yaml, policy_document
 
 DIGEST = "sha384:" + "23" * 48

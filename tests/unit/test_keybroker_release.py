@@ -15,10 +15,13 @@ from cloister.ear import Ear, TokenRejected
 from cloister.errors import Code
 from cloister.hpke import KEM_MLKEM768_X25519
 from cloister.identity import Role, SpiffeId
+from cloister.policyblocks import digest_text
+from cloister.release.blocks import Block, Decision
+from cloister.release.decide import Counters, Peer, Request, decide, denial, fresh_enough
+from cloister.release.keys import KeyState, Purpose
+from cloister.release.policy import ReleasePolicy, parse_policy
 from cloister.tlv import sha384
-from cloister_keybroker.keys import KeyRecord, KeyState, Purpose
-from cloister_keybroker.policy import ReleasePolicy, digest_text, parse_policy
-from cloister_keybroker.release import Block, Counters, Decision, Peer, Request, decide, denial, fresh_enough
+from cloister_keybroker.keys import KeyRecord
 from fakes.ear_sample import sample_ear
 from fakes.keybroker_harness import KEY, OTHER_KEY, OWNER, RANK, TENANT, TRUST_DOMAIN, as_yaml, policy_document
 

@@ -3,35 +3,11 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 
-from cloister.identity import Role, SpiffeId
 from cloister.keyuri import KeyUri
+from cloister.release.keys import KeyState, Purpose
 from cloister.tlv import sha384, tlv
-
-
-class Purpose(enum.StrEnum):
-    """What a data key of this key may be used for."""
-
-    TRAIN = "train"
-    SERVE = "serve"
-    EVALUATE = "evaluate"
-    EXPORT = "export"  # out of any TD, on the owner's own machine; never released to a workload
-
-
-# What a workload may ask for at all, whatever a policy says.
-ROLE_PURPOSES: dict[Role, frozenset[Purpose]] = {
-    Role.RANK: frozenset({Purpose.TRAIN, Purpose.EVALUATE}),
-    Role.BACKEND: frozenset({Purpose.SERVE, Purpose.EVALUATE}),
-}
-
-
-class KeyState(enum.StrEnum):
-    """Whether data keys are released and made."""
-
-    ENABLED = "enabled"
-    DISABLED = "disabled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +38,3 @@ class KeyRecord:
                 self.policy_digest,
             )
         )
-
-
-def job_of(caller: SpiffeId) -> str:
-    """Return what `max_per_job` counts for: a rank's job or a backend's model, as one text."""
-    name = f"job/{caller.job}" if caller.role is Role.RANK else f"model/{caller.model}"
-    return f"{caller.tenant}/{name}"

@@ -16,7 +16,7 @@ from typing import Final
 from cloister.identity import SpiffeId
 from cloister.keyuri import KeyUri
 from cloister.protocol import NONCE_SIZE
-from cloister_keybroker.keys import Purpose
+from cloister.release.keys import Purpose
 
 LIFE: Final = timedelta(seconds=60)
 MAX_PER_CALLER: Final = 64  # a rank opens a handful of directories at once; more is a broken or hostile caller

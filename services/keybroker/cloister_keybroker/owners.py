@@ -16,14 +16,16 @@ from typing import Final
 from cloister.errors import CloisterError, Code
 from cloister.identity import SpiffeId
 from cloister.keyuri import KeyUri
+from cloister.policyblocks import digest_text
 from cloister.protocol import ReleaseBinding
+from cloister.release.blocks import Block
+from cloister.release.keys import KeyState, Purpose
+from cloister.release.policy import ReleasePolicy, parse_policy
 from cloister.tlv import sha384
+from cloister.transparency.entry import Entry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient, check_wrapped, key_not_found
 from cloister_keybroker.backends import KeyBackend, KeyRef
-from cloister_keybroker.entry import Entry
-from cloister_keybroker.keys import KeyRecord, KeyState, Purpose
-from cloister_keybroker.policy import ReleasePolicy, digest_text, parse_policy
-from cloister_keybroker.release import Block
+from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.store import KeyStore, StoredKey, Transaction
 
 MAX_PAGE: Final = 1000

@@ -3,24 +3,29 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+import grpc
 
 from cloister.api.keybroker.v1 import keybroker_pb2 as pb
 from cloister.api.keybroker.v1 import keybroker_pb2_grpc as rpc
 from cloister.identity import Role
 from cloister.keyuri import KeyUri
+from cloister.release.decide import Peer
+from cloister.release.keys import KeyState, Purpose
 from cloister.runtime.caller import current_caller, current_request_id
 from cloister.runtime.guard import CallerTable
 from cloister.runtime.server import Mounted
+from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, Receipt, Recipient, argument_error
-from cloister_keybroker.entry import LoggedEntry
-from cloister_keybroker.keys import KeyRecord, KeyState, Purpose
+from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.owners import MAX_PAGE, Owner, OwnerDesk
-from cloister_keybroker.release import Peer
 from cloister_keybroker.store import KeyStore
 from cloister_keybroker.workloads import KEM_IDS, Asked, ReleaseDesk, Workload
 
+_S = TypeVar("_S")
 _PACKAGE: Final = "cloister.api.keybroker.v1"
 _USERS: Final = frozenset({Role.USER})
 _WORKLOADS: Final = frozenset({Role.RANK, Role.BACKEND})
@@ -176,15 +181,27 @@ class DecisionLogServicer(rpc.DecisionLogServiceServicer):
 
 def mounted(owners: OwnerDesk, releases: ReleaseDesk, store: KeyStore) -> Sequence[Mounted]:
     """Return the broker's services, ready for GrpcServer with CALLERS."""
+    owner = _whole(KeyOwnerServicer(owners))  # type: ignore[abstract]
+    decisions = _whole(DecisionLogServicer(store))  # type: ignore[abstract]
+    release = KeyReleaseServicer(releases)
     return (
-        Mounted(f"{_PACKAGE}.KeyOwnerService", rpc.add_KeyOwnerServiceServicer_to_server, KeyOwnerServicer(owners)),
-        Mounted(
-            f"{_PACKAGE}.KeyReleaseService", rpc.add_KeyReleaseServiceServicer_to_server, KeyReleaseServicer(releases)
-        ),
-        Mounted(
-            f"{_PACKAGE}.DecisionLogService", rpc.add_DecisionLogServiceServicer_to_server, DecisionLogServicer(store)
-        ),
+        Mounted(f"{_PACKAGE}.KeyOwnerService", rpc.add_KeyOwnerServiceServicer_to_server, owner),
+        Mounted(f"{_PACKAGE}.KeyReleaseService", rpc.add_KeyReleaseServiceServicer_to_server, release),
+        Mounted(f"{_PACKAGE}.DecisionLogService", rpc.add_DecisionLogServiceServicer_to_server, decisions),
     )
+
+
+def _whole(servicer: _S) -> _S:
+    """Answer UNIMPLEMENTED for what the interface has and the servicer does not define; nobody may call it anyway."""
+
+    async def absent(_request: Any, context: Any) -> None:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not served")
+
+    for name in (name for name in dir(servicer) if name[0].isupper()):
+        method = getattr(servicer, name)
+        if not (inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method)):
+            setattr(servicer, name, absent)
+    return servicer
 
 
 def _owner() -> Owner:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What workloads ask: a nonce, then a data key. The decision itself is release.py; this is what surrounds it.
+"""What workloads ask: a nonce, then a data key. The decision itself is cloister.release; this is what surrounds it.
 
 A release, in this order: read the key and its policy -> verify the token -> use up the nonce -> decide -> have the
 back end unwrap (only what was decided for) -> seal -> decide again on what the store says now, and append, in one
@@ -21,9 +21,14 @@ from cloister.hpke import KEM_MLKEM768_X25519
 from cloister.identity import Role, SpiffeId
 from cloister.keyuri import KeyUri
 from cloister.protocol import NONCE_SIZE, ReleaseBinding
+from cloister.release import decide as release
+from cloister.release.blocks import Block, Decision
+from cloister.release.decide import Counters, Peer
+from cloister.release.keys import Purpose, job_of
+from cloister.release.policy import ReleasePolicy, parse_policy
 from cloister.runtime.credentials import CredentialSource
 from cloister.tlv import sha384
-from cloister_keybroker import release
+from cloister.transparency.entry import Entry
 from cloister_keybroker.answers import (
     DataKeyAnswer,
     ReceiptSigner,
@@ -33,12 +38,9 @@ from cloister_keybroker.answers import (
     key_not_found,
 )
 from cloister_keybroker.backends import FreshDataKey, KeyBackend, KeyRef
-from cloister_keybroker.entry import Entry
-from cloister_keybroker.keys import KeyRecord, Purpose, job_of
+from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.log import LogPlace
 from cloister_keybroker.nonces import NonceBook
-from cloister_keybroker.policy import ReleasePolicy, parse_policy
-from cloister_keybroker.release import Block, Counters, Decision, Peer
 from cloister_keybroker.store import KeyStore, StoredKey, Transaction
 
 KEM_IDS: Final = (KEM_MLKEM768_X25519,)
@@ -194,7 +196,9 @@ class ReleaseDesk:
             past = transaction.released_to_job(uri=asked.key, job=job, policy_digest=record.policy_digest)
             decision = Decision((*decide(past).blocks, *grounds))
             entry = self._entry(workload, asked, decision, binding)
-            return decision, transaction.append(entry, time_ms=_ms(self._clock()))
+            # Only authentic tokens are kept, for replays of other policies: no policy grants anything on others.
+            token = asked.token if isinstance(found, Ear) else ""
+            return decision, transaction.append(entry, time_ms=_ms(self._clock()), token=token)
 
         outcome = await self._store.write(work)
         if isinstance(outcome, _Changed):

@@ -13,9 +13,9 @@ from typing import Protocol
 
 from cloister.errors import CloisterError, Code
 from cloister.keyuri import KeyUri
+from cloister.release.keys import KeyState
 from cloister.secret import SecretBytes
 from cloister.tlv import sha384, tlv
-from cloister_keybroker.keys import KeyState
 
 DEK_SIZE = 32
 

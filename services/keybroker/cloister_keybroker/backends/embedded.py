@@ -18,10 +18,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cloister.errors import CloisterError, Code
 from cloister.keyuri import KeyUri
+from cloister.release.keys import KeyState
 from cloister.secret import SecretBytes
 from cloister.tlv import tlv
 from cloister_keybroker.backends import DEK_SIZE, FreshDataKey, KeyRef, wrapped_key_invalid
-from cloister_keybroker.keys import KeyState
 from cloister_keybroker.rootkey import RootKey
 
 _FORMAT: Final = b"\x01"

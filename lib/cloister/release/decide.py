@@ -26,23 +26,15 @@ from cloister.errors import CloisterError, Code
 from cloister.hpke import KEM_MLKEM768_X25519
 from cloister.identity import SpiffeId
 from cloister.keyuri import KeyUri
+from cloister.policyblocks import digest_text
+from cloister.release.blocks import Block, Decision
+from cloister.release.keys import ROLE_PURPOSES, KeyFacts, KeyState, Purpose
+from cloister.release.policy import SEALED_EVENT, WRAPS, ReleasePolicy
 from cloister.tlv import sha384
-from cloister_keybroker.keys import ROLE_PURPOSES, KeyRecord, KeyState, Purpose
-from cloister_keybroker.policy import SEALED_EVENT, WRAPS, ReleasePolicy, digest_text
 
 _MAX_TEXT: Final = 400  # characters of wanted or got: a log entry stays readable and small
 _MISSING: Final = "missing"
 _CLOCK_SKEW: Final = timedelta(seconds=30)
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One check: what it wanted, what it got, whether that will do."""
-
-    name: str
-    ok: bool
-    wanted: str
-    got: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,30 +67,12 @@ class Counters:
     released_to_job: int  # grants of this key to this job under this policy
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The verdict and its grounds."""
-
-    blocks: tuple[Block, ...]
-    lease: timedelta = timedelta()
-
-    @property
-    def granted(self) -> bool:
-        """True when there are blocks and every one holds: no blocks grant nothing."""
-        return bool(self.blocks) and all(block.ok for block in self.blocks)
-
-    @property
-    def failed(self) -> Block | None:
-        """The first block that does not hold."""
-        return next((block for block in self.blocks if not block.ok), None)
-
-
 def decide(
     request: Request,
     ear: Ear | TokenRejected,
     caller: Peer,
     policy: ReleasePolicy | None,
-    key: KeyRecord | None,
+    key: KeyFacts | None,
     counters: Counters,
     now: datetime,
 ) -> Decision:
@@ -193,7 +167,7 @@ def _token(request: Request, ear: Ear, caller: Peer, policy: ReleasePolicy | Non
     yield _text_block("token.status", ear.status in statuses, " or ".join(statuses), ear.status)
 
 
-def _policy(request: Request, policy: ReleasePolicy, key: KeyRecord) -> Iterable[Block]:
+def _policy(request: Request, policy: ReleasePolicy, key: KeyFacts) -> Iterable[Block]:
     """Step 5: the policy in force is the key record's, and speaks of this key, version and purpose."""
     same = hmac.compare_digest(policy.digest, key.policy_digest) and policy.owner == key.owner
     wanted = f"version {key.policy_version}, {digest_text(key.policy_digest)}, of {key.owner}"
@@ -294,7 +268,7 @@ def _release(request: Request, policy: ReleasePolicy, counters: Counters) -> Ite
         )
 
 
-def _key(request: Request, caller: Peer, key: KeyRecord) -> Iterable[Block]:
+def _key(request: Request, caller: Peer, key: KeyFacts) -> Iterable[Block]:
     """Step 8."""
     ok = 1 <= request.key_version <= key.newest
     yield _text_block("key.version", ok, f"1 to {key.newest}", str(request.key_version))

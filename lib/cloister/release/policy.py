@@ -2,7 +2,7 @@
 """Release policies: closed, typed YAML -> a frozen `ReleasePolicy`. Pure.
 
 A policy is an AND of blocks. An unknown key, a value that is not allowed and an empty list are load errors with path,
-line and what is allowed; a claim that a block asks for and a token lacks is a denial (release.py). What is left out
+line and what is allowed; a claim that a block asks for and a token lacks is a denial (decide.py). What is left out
 is never a hole: simulated evidence, debug TDs and old evidence stay refused, and the blocks without which a policy
 would protect nothing (`tee`, `workload.script`) are required. docs/release-policy.md is the reference for owners.
 """
@@ -22,31 +22,15 @@ from cloister.policyblocks import (
     API_VERSION,
     TCB_STATUSES,
     BlockReader,
-    canonical,
     digest_of,
-    digest_text,
     parse_advisory,
     parse_digest,
     parse_hex,
     read_document,
     refuse,
 )
+from cloister.release.keys import Purpose
 from cloister.strictyaml import Document
-from cloister_keybroker.keys import Purpose
-
-__all__ = [
-    "MEASUREMENTS",
-    "SEALED_EVENT",
-    "TCB_STATUSES",
-    "WRAPS",
-    "ReleasePolicy",
-    "SpiffeGlob",
-    "canonical",
-    "digest_of",
-    "digest_text",
-    "parse_digest",
-    "parse_policy",
-]
 
 KIND: Final = "ReleasePolicy"
 WRAPS: Final[Mapping[str, int]] = {"hpke-x25519-mlkem768": KEM_MLKEM768_X25519}

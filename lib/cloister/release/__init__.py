@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""May this workload have this key? Policies and the decision, all pure: the broker and the owner's CLI share them.
+
+keys.py     purposes and states of keys, what a role may ask for
+policy.py   the release policy: closed YAML -> `ReleasePolicy`
+blocks.py   one check with what it wanted and got; the verdict over all of them
+decide.py   request + attestation result + policy + key + counters + time -> blocks, and the denial in people's words
+"""

@@ -52,7 +52,9 @@ class SealedWriter(io.RawIOBase):
         associated: AssociatedData,
         segment_size: int = DATA_SEGMENT_SIZE,
         workers: int = 0,
+        durable_name: bool = True,
     ) -> None:
+        """`durable_name`: sync the folder, too, before `close` returns; otherwise the caller does so later."""
         super().__init__()
         self._workers = workers or cores()
         self.header = Header.make(data_key, associated, segment_size=segment_size)
@@ -69,7 +71,9 @@ class SealedWriter(io.RawIOBase):
         self._out[:STREAM_HEADER_SIZE] = self.stream_header
         self._out_used = STREAM_HEADER_SIZE
         self._failed: CloisterError | None = None
-        self._file = AtomicFile(target, mode=_FILE_MODE) if isinstance(target, Path) else None
+        self._file = (
+            AtomicFile(target, mode=_FILE_MODE, durable_name=durable_name) if isinstance(target, Path) else None
+        )
         self._target: AtomicFile | BinaryIO = target if self._file is None else self._file  # type: ignore[assignment]
         try:
             self._write_out(memoryview(self.header.to_bytes()))

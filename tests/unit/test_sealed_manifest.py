@@ -156,7 +156,7 @@ def test_anybody_can_check_who_signed() -> None:
 )
 def test_a_signature_is_over_everything(change: dict[str, object]) -> None:
     changed = replace(signed(), **change)  # type: ignore[arg-type]
-    with pytest.raises(CloisterError, match="signature|signed"):
+    with pytest.raises(CloisterError, match=r"signature|signed"):
         changed.verify_signature(name="m")
     with pytest.raises(CloisterError):
         changed.verify(data_key().secret, name="m")

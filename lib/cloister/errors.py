@@ -150,6 +150,7 @@ class Code(enum.Enum):
     CUSTODIAN_ANSWER_INVALID = CodeInfo(1343, Kind.INTERNAL, "the back end answered what it cannot have meant")
     CUSTODIAN_KEY_EXPIRING = CodeInfo(1344, Kind.STATE, "the back end is about to delete its part of a key")
     CUSTODIAN_BUSY = CodeInfo(1345, Kind.EXHAUSTED, "the back end is asked too much at once")
+    BACKEND_NOT_CONFIGURED = CodeInfo(1346, Kind.STATE, "a key is kept by a back end that is not configured")
     # 1400: sealed files
     SEALED_FILE_INVALID = CodeInfo(
         1401, Kind.UNAUTHENTIC, "a sealed file is damaged, cut, or not the one it claims to be"

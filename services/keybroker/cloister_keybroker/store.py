@@ -17,16 +17,21 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import apsw
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloister.atomicfile import file_error, sync_directory
 from cloister.errors import CloisterError, Code
+from cloister.identity import SpiffeId
 from cloister.keyuri import KeyUri
 from cloister.release.keys import KeyState, Purpose
 from cloister.runtime.database import Database
 from cloister.tlv import sha384, tlv
 from cloister.transparency.entry import Entry, LoggedEntry
-from cloister_keybroker import log, mark
+from cloister.transparency.start import Start
+from cloister_keybroker import log, logkey, mark
 from cloister_keybroker.keys import KeyRecord
+from cloister_keybroker.logkey import LogKey
+from cloister_keybroker.logproofs import LogProofs
 from cloister_keybroker.rootkey import RootKey
 from cloister_keybroker.sealrecord import SealRecord
 
@@ -62,7 +67,8 @@ CREATE TABLE policies (
 ) STRICT, WITHOUT ROWID;
 """
     + mark.SCHEMA
-    + log.SCHEMA,
+    + log.SCHEMA
+    + logkey.SCHEMA,
 )
 
 _KEY_COLUMNS: Final = "uri, owner, state, purposes, newest, created_ms, policy_version, policy_digest, mac"
@@ -83,6 +89,8 @@ class Transaction:
     def __init__(self, connection: apsw.Connection, root_key: RootKey) -> None:
         self._connection = connection
         self._root_key = root_key
+        self.log = log.DecisionLog(connection, root_key)
+        self.proofs = LogProofs(connection, self.log)
 
     def key(self, uri: KeyUri) -> StoredKey | None:
         """Return a key, or None; raise STORE_DAMAGED when its row is not one this broker wrote."""
@@ -143,19 +151,19 @@ class Transaction:
 
     def append(self, entry: Entry, *, time_ms: int, token: str = "") -> log.LogPlace:
         """Append to the decision log; `token` is the (authentic) attestation result behind its evidence_digest."""
-        return log.append(self._connection, self._root_key, entry, time_ms=time_ms, token=token)
+        return self.log.append(entry, time_ms=time_ms, token=token)
 
     def evidence(self, digest: bytes) -> str | None:
         """Return the token that an entry's evidence_digest names, or None when none was kept."""
-        return log.evidence(self._connection, digest)
+        return self.log.evidence(digest)
 
     def released_to_job(self, *, uri: KeyUri, job: str, policy_digest: bytes) -> int:
         """Count past grants."""
-        return log.released_to_job(self._connection, key_uri=str(uri), job=job, policy_digest=policy_digest)
+        return self.log.released_to_job(key_uri=str(uri), job=job, policy_digest=policy_digest)
 
     def newest_entries(self, tenant: str, *, key_uri: str, limit: int) -> list[LoggedEntry]:
         """Return log entries of a tenant, newest first."""
-        return list(log.newest(self._connection, tenant=tenant, key_uri=key_uri, limit=limit))
+        return list(self.log.newest(tenant, key_uri=key_uri, limit=limit))
 
     def all_records(self) -> Iterator[KeyRecord]:
         """Yield every key of every tenant, authenticated."""
@@ -269,13 +277,28 @@ class KeyStore:
         """Run `work` in a transaction; durable on disk before this returns, undone when `work` raises."""
         return await self._database.write(lambda connection: work(Transaction(connection, self._root_key)))
 
+    async def begin_life(self, receipt: Ed25519PrivateKey, broker_id: SpiffeId, *, time_ms: int) -> LogKey:
+        """Log that a broker with this receipt key goes on with the log; return the log's own key."""
+
+        def work(connection: apsw.Connection) -> LogKey:
+            key = logkey.load_or_create(connection, self._root_key, broker_id)
+            decisions = log.DecisionLog(connection, self._root_key)
+            head = decisions.head()
+            start = Start.make(
+                log=key.note_key, broker_id=str(broker_id), receipt=receipt, size=head.size, root=head.root()
+            )
+            decisions.append(start.entry(), time_ms=time_ms)
+            return key
+
+        return await self._database.write(work)
+
     def close(self) -> None:
         """Close the file."""
         self._database.close()
 
     def _verify(self, connection: apsw.Connection) -> None:
         """Compare every key's row with the last change that the (verified) log knows of."""
-        logged = log.verify(connection, self._root_key)
+        logged = log.DecisionLog(connection, self._root_key).verify()
         transaction = Transaction(connection, self._root_key)
         stored = {str(record.uri): record.digest() for record in transaction.all_records()}
         for uri in stored.keys() | logged.keys():
@@ -285,7 +308,7 @@ class KeyStore:
 
 def _begin(connection: apsw.Connection, root_key: RootKey, record: SealRecord) -> None:
     mark.write(connection, root_key, record)
-    log.create_head(connection, root_key)
+    log.DecisionLog(connection, root_key).create_head()
 
 
 def _purposes_text(purposes: frozenset[Purpose]) -> str:

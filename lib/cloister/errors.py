@@ -121,6 +121,13 @@ class Code(enum.Enum):
     COLLATERAL_NOT_FOUND = CodeInfo(1222, Kind.NOT_FOUND, "there is no collateral for this platform family")
     COLLATERAL_UNAVAILABLE = CodeInfo(1223, Kind.UNAVAILABLE, "collateral could not be fetched")
     COLLATERAL_INVALID = CodeInfo(1224, Kind.UNAUTHENTIC, "collateral does not verify, or is older than known")
+    SHARE_INVALID = CodeInfo(
+        1240, Kind.UNAUTHENTIC, "a recovery share is damaged, forged, of another set, or was given twice"
+    )
+    SHARES_MISSING = CodeInfo(1241, Kind.STATE, "more recovery shares are needed")
+    SEALED_ROOT_INVALID = CodeInfo(
+        1242, Kind.UNAUTHENTIC, "a sealed root was edited, or does not open under this recovery key"
+    )
     # 1300: keys
     KEY_NOT_FOUND = CodeInfo(1301, Kind.NOT_FOUND, "no such key of yours")
     KEY_EXISTS = CodeInfo(1302, Kind.EXISTS, "a key of this name exists")
@@ -137,6 +144,12 @@ class Code(enum.Enum):
     KEY_STATE = CodeInfo(1313, Kind.STATE, "the key is in a state that does not allow this")
     KEY_QUOTA = CodeInfo(1314, Kind.EXHAUSTED, "the tenant has as many keys, or the key as many versions, as allowed")
     DATASET_VERSION = CodeInfo(1315, Kind.STATE, "the version of a data set does not follow the newest one known")
+    CUSTODIAN_UNAVAILABLE = CodeInfo(1340, Kind.UNAVAILABLE, "the back end behind the key broker cannot be reached")
+    CUSTODIAN_REFUSED = CodeInfo(1341, Kind.STATE, "the back end refuses the key broker's credentials or its request")
+    CUSTODIAN_KEY_LOST = CodeInfo(1342, Kind.STATE, "the back end does not have its part of a key any more")
+    CUSTODIAN_ANSWER_INVALID = CodeInfo(1343, Kind.INTERNAL, "the back end answered what it cannot have meant")
+    CUSTODIAN_KEY_EXPIRING = CodeInfo(1344, Kind.STATE, "the back end is about to delete its part of a key")
+    CUSTODIAN_BUSY = CodeInfo(1345, Kind.EXHAUSTED, "the back end is asked too much at once")
     # 1400: sealed files
     SEALED_FILE_INVALID = CodeInfo(
         1401, Kind.UNAUTHENTIC, "a sealed file is damaged, cut, or not the one it claims to be"

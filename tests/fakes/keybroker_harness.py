@@ -28,15 +28,16 @@ from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
 from cloister.identity import Role, SpiffeId
 from cloister.keyuri import KeyUri
 from cloister.policyblocks import digest_text
+from cloister.protocol import LeaseTerms
 from cloister.release.decide import Peer
 from cloister.release.keys import KeyState, Purpose
 from cloister.runtime.pem import read_leaf
 from cloister.runtime.server import GrpcServer
 from cloister.secret import SecretBytes
 from cloister.tlv import sha384
+from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient
 from cloister_keybroker.backends.embedded import EmbeddedBackend
-from cloister_keybroker.entry import LoggedEntry
 from cloister_keybroker.nonces import NonceBook
 from cloister_keybroker.owners import Owner, OwnerDesk
 from cloister_keybroker.rootkey import create_root_key, read_root_key
@@ -54,6 +55,7 @@ COLLEAGUE = SpiffeId.of_user(TRUST_DOMAIN, tenant=TENANT, user="intern")
 STRANGER = SpiffeId.of_user(TRUST_DOMAIN, tenant="hospital-b", user="data-office")
 RANK = SpiffeId.of_rank(TRUST_DOMAIN, tenant=TENANT, job="j-1", rank=1)
 SCRIPT = b"\x23" * 48  # what sample_ear says
+NO_LEASE = LeaseTerms()
 CHANNEL = "TLSv1.3, X25519MLKEM768"
 
 Document = dict[str, Any]
@@ -159,7 +161,7 @@ class Td:
         return await self.broker.releases.release(self.workload, asked)
 
     def open(self, released: Released) -> SecretBytes:
-        return opened(self.hpke, released.data_key)
+        return opened(self.hpke, released.data_key, released.terms)
 
 
 @dataclass
@@ -240,11 +242,11 @@ def recipient(pair: HpkeKeyPair) -> Recipient:
     return Recipient(secrets.token_bytes(32), KEM_MLKEM768_X25519, pair.public_bytes)
 
 
-def opened(pair: HpkeKeyPair, answer: DataKeyAnswer) -> SecretBytes:
+def opened(pair: HpkeKeyPair, answer: DataKeyAnswer, terms: LeaseTerms = NO_LEASE) -> SecretBytes:
     """Verify the receipt as a TD does, then open the data key."""
     receipt = answer.receipt
     message = answer.binding.receipt_message(
-        sealed=answer.sealed, log_id=receipt.log_id, index=receipt.place.index, root=receipt.place.root
+        sealed=answer.sealed, terms=terms, log_id=receipt.log_id, index=receipt.place.index, root=receipt.place.root
     )
     load_der_public_key(receipt.receipt_spki_der).verify(receipt.signature, message)  # type: ignore[union-attr,call-arg]
     return pair.open(answer.sealed, info=answer.binding.hpke_info())

@@ -16,7 +16,7 @@ from cloister.api.keybroker.v1 import keybroker_pb2_grpc as rpc
 from cloister.errors import CloisterError, Code
 from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
 from cloister.identity import Role, SpiffeId
-from cloister.protocol import ReleaseBinding
+from cloister.protocol import LeaseTerms, ReleaseBinding
 from cloister.runtime.channel import invoke, open_channel
 from cloister.runtime.credentials import StaticCredentials
 from cloister.runtime.pem import read_leaf
@@ -131,11 +131,12 @@ async def release(
         wrapped_digest=sha384(response.data_key.wrapped),
     )
     receipt = response.receipt
+    terms = LeaseTerms(response.policy_version, response.decided_unix_ms, response.lease_until_unix_ms)
     assert receipt.log_id == sha384(receipt.receipt_spki_der)
     broker.receipt_key.public_key().verify(
         receipt.signature,
         binding.receipt_message(
-            sealed=response.data_key.sealed, log_id=receipt.log_id, index=receipt.index, root=receipt.root
+            sealed=response.data_key.sealed, terms=terms, log_id=receipt.log_id, index=receipt.index, root=receipt.root
         ),
     )
     secret = td.hpke.open(response.data_key.sealed, info=binding.hpke_info())

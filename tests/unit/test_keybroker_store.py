@@ -18,9 +18,10 @@ from cloister.errors import CloisterError, Code
 from cloister.merkle import leaf_hash, root_of
 from cloister.release.blocks import Block
 from cloister.release.keys import KeyState
+from cloister.transparency.entry import Entry, EntryInvalid, LoggedEntry, Outline
 from cloister_keybroker.backends import KeyRef
-from cloister_keybroker.backends.embedded import WRAPPED_SIZE, EmbeddedBackend
-from cloister_keybroker.entry import Entry, EntryInvalid, LoggedEntry, Outline
+from cloister_keybroker.backends.embedded import EmbeddedBackend
+from cloister_keybroker.backends.wrapping import WRAPPED_SIZE
 from cloister_keybroker.rootkey import create_root_key, read_root_key
 from fakes.keybroker_harness import KEY, OTHER_KEY, TENANT, a_broker, owner
 
@@ -197,7 +198,7 @@ async def test_the_receipt_holds_the_root_of_the_log_that_ends_with_the_decision
         for index in (1, 2, 3):
             place = (await td.release()).data_key.receipt.place
             entries = reversed(await broker.log())
-            leaves = [leaf_hash(e.entry.to_bytes(index=e.index, time_ms=e.time_ms)) for e in entries]
+            leaves = [leaf_hash(e.to_bytes()) for e in entries]
             assert (place.index, place.root) == (index, root_of(leaves))
 
 
@@ -300,27 +301,27 @@ def a_backend(tmp_path: Path) -> EmbeddedBackend:
 
 
 async def test_a_handle_is_bound_to_key_version_and_state(tmp_path: Path) -> None:
-    backend, ref = a_backend(tmp_path), KeyRef(KEY, 1, KeyState.ENABLED)
+    backend, ref = a_backend(tmp_path), KeyRef(KEY, 1, KeyState.ENABLED, frozenset())
     handle = await backend.create(ref)
     fresh = await backend.generate(ref, handle)
     assert len(fresh.wrapped) == WRAPPED_SIZE
     assert await backend.unwrap(ref, handle, fresh.wrapped) == fresh.secret
     for other in (
-        KeyRef(OTHER_KEY, 1, KeyState.ENABLED),
-        KeyRef(KEY, 2, KeyState.ENABLED),
-        KeyRef(KEY, 1, KeyState.DISABLED),
+        KeyRef(OTHER_KEY, 1, KeyState.ENABLED, frozenset()),
+        KeyRef(KEY, 2, KeyState.ENABLED, frozenset()),
+        KeyRef(KEY, 1, KeyState.DISABLED, frozenset()),
     ):
         with pytest.raises(CloisterError) as caught:
             await backend.unwrap(other, handle, fresh.wrapped)
         assert caught.value.code is Code.STORE_DAMAGED
     disabled = await backend.restate(ref, handle, KeyState.DISABLED)
-    back = await backend.restate(KeyRef(KEY, 1, KeyState.DISABLED), disabled, KeyState.ENABLED)
+    back = await backend.restate(KeyRef(KEY, 1, KeyState.DISABLED, frozenset()), disabled, KeyState.ENABLED)
     assert await backend.unwrap(ref, back, fresh.wrapped) == fresh.secret
     await backend.check()
 
 
 async def test_neither_keys_nor_data_keys_repeat(tmp_path: Path) -> None:
-    backend, ref = a_backend(tmp_path), KeyRef(KEY, 1, KeyState.ENABLED)
+    backend, ref = a_backend(tmp_path), KeyRef(KEY, 1, KeyState.ENABLED, frozenset())
     handle = await backend.create(ref)
     assert await backend.create(ref) != handle
     first, second = await backend.generate(ref, handle), await backend.generate(ref, handle)
@@ -362,13 +363,16 @@ ENTRIES = st.builds(
     wrapped_digest=st.binary(max_size=48),
     record_digest=st.binary(max_size=48),
     request_id=TEXTS,
+    detail=st.binary(max_size=9),
 )
+SALT = bytes(range(16))
 
 
 @given(ENTRIES, st.integers(0, 2**40), st.integers(0, 2**42))
 def test_an_entry_reads_back_as_it_was_written(entry: Entry, index: int, time_ms: int) -> None:
-    data = entry.to_bytes(index=index, time_ms=time_ms)
-    assert LoggedEntry.parse(data) == LoggedEntry(index, time_ms, entry)
+    data = entry.to_bytes(index=index, time_ms=time_ms, salt=SALT)
+    assert LoggedEntry.parse(data) == LoggedEntry(index, time_ms, SALT, entry)
+    assert LoggedEntry.parse(data).to_bytes() == data
     outline = Outline.parse(data)
     columns = (entry.tenant, entry.key_uri, entry.job, int(entry.granted), entry.policy_digest)
     assert (outline.index, outline.columns, outline.record_digest) == (index, columns, entry.record_digest)
@@ -376,7 +380,7 @@ def test_an_entry_reads_back_as_it_was_written(entry: Entry, index: int, time_ms
 
 @given(ENTRIES, st.data())
 def test_a_cut_or_changed_entry_is_another_entry_or_none(entry: Entry, data: st.DataObject) -> None:
-    whole = entry.to_bytes(index=1, time_ms=2)
+    whole = entry.to_bytes(index=1, time_ms=2, salt=SALT)
     position = data.draw(st.integers(0, len(whole) - 1))
     for bad in (
         whole[:position],
@@ -387,8 +391,8 @@ def test_a_cut_or_changed_entry_is_another_entry_or_none(entry: Entry, data: st.
             parsed = LoggedEntry.parse(bad)
         except EntryInvalid:
             continue
-        assert parsed != LoggedEntry(1, 2, entry)
-        assert parsed.entry.to_bytes(index=parsed.index, time_ms=parsed.time_ms) == bad
+        assert parsed != LoggedEntry(1, 2, SALT, entry)
+        assert parsed.to_bytes() == bad
 
 
 async def test_keys_are_listed_in_pages(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ copy of the whole file is not detectable from the file alone: receipts, which ho
 from __future__ import annotations
 
 import hmac
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -18,9 +19,12 @@ import apsw
 
 from cloister.errors import CloisterError, Code
 from cloister.merkle import Frontier, MerkleError, leaf_hash
-from cloister.tlv import tlv
-from cloister_keybroker.entry import Entry, EntryInvalid, LoggedEntry, Outline
+from cloister.tlv import sha384, tlv
+from cloister.transparency.entry import SALT_SIZE, Entry, EntryInvalid, LoggedEntry, Outline
 from cloister_keybroker.rootkey import RootKey
+
+# Tokens kept, the newest: some 300 MB. The log proves without them; only replays of policies read them.
+EVIDENCE_KEPT: Final = 100_000
 
 SCHEMA: Final = """
 CREATE TABLE decisions (
@@ -32,6 +36,7 @@ CREATE TABLE decisions (
   policy_digest BLOB NOT NULL,
   entry BLOB NOT NULL
 ) STRICT;
+CREATE TABLE evidence (digest BLOB PRIMARY KEY, token TEXT NOT NULL) STRICT;
 CREATE INDEX decisions_by_tenant ON decisions (tenant, key_uri, idx);
 CREATE INDEX grants_by_job ON decisions (key_uri, job, policy_digest) WHERE granted = 1 AND job <> '';
 CREATE TRIGGER decisions_are_not_changed BEFORE UPDATE ON decisions
@@ -64,11 +69,17 @@ def create_head(connection: apsw.Connection, root_key: RootKey) -> None:
     connection.execute("INSERT INTO log_head VALUES (1, 0, ?, ?)", (empty.to_bytes(), _mac(root_key, empty)))
 
 
-def append(connection: apsw.Connection, root_key: RootKey, entry: Entry, *, time_ms: int) -> LogPlace:
-    """Append an entry; durable when the surrounding transaction is."""
+def append(connection: apsw.Connection, root_key: RootKey, entry: Entry, *, time_ms: int, token: str = "") -> LogPlace:
+    """Append an entry; durable when the surrounding transaction is.
+
+    `token` is the attestation result whose digest the entry has: kept once, however many entries name it. Raises
+    ValueError for a token of another digest.
+    """
+    if token:
+        _keep_evidence(connection, entry.evidence_digest, token)
     frontier = read_head(connection, root_key)
     index = frontier.size
-    data = entry.to_bytes(index=index, time_ms=time_ms)
+    data = entry.to_bytes(index=index, time_ms=time_ms, salt=secrets.token_bytes(SALT_SIZE))
     connection.execute(
         "INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?)",
         (index, entry.tenant, entry.key_uri, entry.job, int(entry.granted), entry.policy_digest, data),
@@ -149,6 +160,24 @@ def newest(connection: apsw.Connection, *, tenant: str, key_uri: str, limit: int
             yield LoggedEntry.parse(data)
         except EntryInvalid:
             raise _damaged("an entry is malformed") from None
+
+
+def evidence(connection: apsw.Connection, digest: bytes) -> str | None:
+    """Return the token of this SHA-384 digest, or None when none was kept; raise STORE_DAMAGED for an edited one."""
+    row = connection.execute("SELECT token FROM evidence WHERE digest = ?", (digest,)).fetchone()
+    if row is None:
+        return None
+    if not hmac.compare_digest(sha384(row[0].encode()), digest):
+        raise _damaged("a token that it names was edited")
+    return str(row[0])
+
+
+def _keep_evidence(connection: apsw.Connection, digest: bytes, token: str) -> None:
+    if not hmac.compare_digest(sha384(token.encode()), digest):
+        raise ValueError("an entry keeps the token of its own evidence_digest and no other")
+    connection.execute("INSERT INTO evidence VALUES (?, ?) ON CONFLICT DO NOTHING", (digest, token))
+    if connection.changes():
+        connection.execute("DELETE FROM evidence WHERE rowid <= last_insert_rowid() - ?", (EVIDENCE_KEPT,))
 
 
 def _mac(root_key: RootKey, frontier: Frontier) -> bytes:

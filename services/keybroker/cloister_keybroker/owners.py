@@ -22,9 +22,9 @@ from cloister.release.blocks import Block
 from cloister.release.keys import KeyState, Purpose
 from cloister.release.policy import ReleasePolicy, parse_policy
 from cloister.tlv import sha384
+from cloister.transparency.entry import Entry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient, check_wrapped, key_not_found
 from cloister_keybroker.backends import KeyBackend, KeyRef
-from cloister_keybroker.entry import Entry
 from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.store import KeyStore, StoredKey, Transaction
 
@@ -85,7 +85,7 @@ class OwnerDesk:
             policy = _policy_for(record, policy_yaml)
             _check_successor(record, policy)
             record = replace(record, policy_version=policy.version, policy_digest=policy.digest)
-        handle = await self._backend.create(KeyRef(uri, 1, record.state))
+        handle = await self._backend.create(KeyRef.of(record, 1))
 
         def work(transaction: Transaction) -> None:
             if transaction.key(uri) is not None:
@@ -125,7 +125,7 @@ class OwnerDesk:
             if stored.record.state is state:
                 return stored.record
             handles = {
-                version: await self._backend.restate(KeyRef(uri, version, stored.record.state), handle, state)
+                version: await self._backend.restate(KeyRef.of(stored.record, version), handle, state)
                 for version, handle in stored.handles.items()
             }
             record = replace(stored.record, state=state)
@@ -164,7 +164,7 @@ class OwnerDesk:
         recipient.check()
         stored = await self._usable(owner, uri, "generate", "seal", version=0, export=False)
         version = stored.record.newest
-        fresh = await self._backend.generate(KeyRef(uri, version, stored.record.state), stored.handles[version])
+        fresh = await self._backend.generate(KeyRef.of(stored.record, version), stored.handles[version])
         binding = self._binding(owner, uri, version, "seal", recipient, fresh.wrapped)
         return await self._answer(owner, "generate", binding, recipient.seal(fresh.secret, binding), fresh.wrapped)
 
@@ -175,7 +175,7 @@ class OwnerDesk:
         recipient.check()
         check_wrapped(wrapped)
         stored = await self._usable(owner, uri, "open", "export", version=version, export=True)
-        ref = KeyRef(uri, version, stored.record.state)
+        ref = KeyRef.of(stored.record, version)
         try:
             secret = await self._backend.unwrap(ref, stored.handles[version], wrapped)
         except CloisterError as error:

@@ -35,11 +35,17 @@ class RootKey:
         self._kek_wrap = _derive(root, b"cloister-kek-wrap-v1")
         self._record_mac = _derive(root, b"cloister-record-mac-v1")
         self._canary = _derive(root, b"cloister-canary-v1")
+        self._custodian_salt = _derive(root, b"cloister-custodian-salt-v1")
 
     @property
     def kek_wrap(self) -> SecretBytes:
         """The AES-256-GCM key over key-encryption keys."""
         return self._kek_wrap
+
+    @property
+    def custodian_salt(self) -> SecretBytes:
+        """The root key's half of what protects a wrapping key whose other half a custodian keeps (32 bytes)."""
+        return self._custodian_salt
 
     def mac(self, message: bytes) -> bytes:
         """Return HMAC-SHA-384 over a record of the store (48 bytes)."""

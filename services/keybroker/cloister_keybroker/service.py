@@ -18,8 +18,8 @@ from cloister.release.keys import KeyState, Purpose
 from cloister.runtime.caller import current_caller, current_request_id
 from cloister.runtime.guard import CallerTable
 from cloister.runtime.server import Mounted
+from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, Receipt, Recipient, argument_error
-from cloister_keybroker.entry import LoggedEntry
 from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.owners import MAX_PAGE, Owner, OwnerDesk
 from cloister_keybroker.store import KeyStore
@@ -156,9 +156,10 @@ class KeyReleaseServicer(rpc.KeyReleaseServiceServicer):
         return pb.ReleaseResponse(
             data_key=_data_key(released.data_key),
             receipt=_receipt(released.data_key.receipt),
-            policy_version=released.policy_version,
+            policy_version=released.terms.policy_version,
             policy_digest=released.data_key.binding.policy_digest,
-            lease_until_unix_ms=released.lease_until_ms,
+            lease_until_unix_ms=released.terms.lease_until_ms,
+            decided_unix_ms=released.terms.decided_ms,
         )
 
 

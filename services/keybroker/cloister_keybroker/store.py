@@ -21,8 +21,8 @@ from cloister.keyuri import KeyUri
 from cloister.release.keys import KeyState, Purpose
 from cloister.runtime.database import Database
 from cloister.tlv import sha384, tlv
+from cloister.transparency.entry import Entry, LoggedEntry
 from cloister_keybroker import log
-from cloister_keybroker.entry import Entry, LoggedEntry
 from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.rootkey import RootKey
 
@@ -137,9 +137,13 @@ class Transaction:
             "INSERT INTO policies VALUES (?, ?, ?, ?)", (str(uri), version, yaml, self._policy_mac(uri, version, yaml))
         )
 
-    def append(self, entry: Entry, *, time_ms: int) -> log.LogPlace:
-        """Append to the decision log."""
-        return log.append(self._connection, self._root_key, entry, time_ms=time_ms)
+    def append(self, entry: Entry, *, time_ms: int, token: str = "") -> log.LogPlace:
+        """Append to the decision log; `token` is the (authentic) attestation result behind its evidence_digest."""
+        return log.append(self._connection, self._root_key, entry, time_ms=time_ms, token=token)
+
+    def evidence(self, digest: bytes) -> str | None:
+        """Return the token that an entry's evidence_digest names, or None when none was kept."""
+        return log.evidence(self._connection, digest)
 
     def released_to_job(self, *, uri: KeyUri, job: str, policy_digest: bytes) -> int:
         """Count past grants."""

@@ -20,7 +20,7 @@ from cloister.errors import CloisterError, Code
 from cloister.hpke import KEM_MLKEM768_X25519
 from cloister.identity import Role, SpiffeId
 from cloister.keyuri import KeyUri
-from cloister.protocol import NONCE_SIZE, ReleaseBinding
+from cloister.protocol import NONCE_SIZE, LeaseTerms, ReleaseBinding
 from cloister.release import decide as release
 from cloister.release.blocks import Block, Decision
 from cloister.release.decide import Counters, Peer
@@ -28,6 +28,7 @@ from cloister.release.keys import Purpose, job_of
 from cloister.release.policy import ReleasePolicy, parse_policy
 from cloister.runtime.credentials import CredentialSource
 from cloister.tlv import sha384
+from cloister.transparency.entry import Entry
 from cloister_keybroker.answers import (
     DataKeyAnswer,
     ReceiptSigner,
@@ -37,7 +38,6 @@ from cloister_keybroker.answers import (
     key_not_found,
 )
 from cloister_keybroker.backends import FreshDataKey, KeyBackend, KeyRef
-from cloister_keybroker.entry import Entry
 from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.log import LogPlace
 from cloister_keybroker.nonces import NonceBook
@@ -95,8 +95,7 @@ class Released:
     """A data key, and the policy under which the workload may hold it until the lease ends."""
 
     data_key: DataKeyAnswer
-    policy_version: int
-    lease_until_ms: int  # Unix milliseconds
+    terms: LeaseTerms
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,7 @@ class ReleaseDesk:
         data_key: FreshDataKey | None = None
         grounds: tuple[Block, ...] = ()
         if decide(0).granted:
-            data_key, block = await self._data_key(KeyRef(asked.key, version, record.state), stored, asked)
+            data_key, block = await self._data_key(KeyRef.of(record, version), stored, asked)
             grounds = (block,)
         wrapped = data_key.wrapped if data_key else asked.wrapped
         binding = self._binding(asked, version, record, wrapped)
@@ -196,7 +195,9 @@ class ReleaseDesk:
             past = transaction.released_to_job(uri=asked.key, job=job, policy_digest=record.policy_digest)
             decision = Decision((*decide(past).blocks, *grounds))
             entry = self._entry(workload, asked, decision, binding)
-            return decision, transaction.append(entry, time_ms=_ms(self._clock()))
+            # Only authentic tokens are kept, for replays of other policies: no policy grants anything on others.
+            token = asked.token if isinstance(found, Ear) else ""
+            return decision, transaction.append(entry, time_ms=_ms(self._clock()), token=token)
 
         outcome = await self._store.write(work)
         if isinstance(outcome, _Changed):
@@ -204,9 +205,9 @@ class ReleaseDesk:
         decision, place = outcome
         if not decision.granted or policy is None:
             raise release.denial(request, decision)
-        receipt = self._signer.sign(binding, sealed=sealed, place=place)
-        answer = DataKeyAnswer(sealed, wrapped, binding, receipt)
-        return Released(answer, policy.version, _ms(now + policy.lease))
+        terms = LeaseTerms(policy.version, _ms(now), _ms(now + policy.lease))
+        receipt = self._signer.sign(binding, sealed=sealed, place=place, terms=terms)
+        return Released(DataKeyAnswer(sealed, wrapped, binding, receipt), terms)
 
     async def _data_key(self, ref: KeyRef, stored: StoredKey, asked: Asked) -> tuple[FreshDataKey | None, Block]:
         """Unwrap or make the data key that was decided for."""

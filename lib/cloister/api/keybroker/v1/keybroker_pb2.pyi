@@ -780,11 +780,14 @@ class ReleaseResponse(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     POLICY_DIGEST_FIELD_NUMBER: _builtins.int
     LEASE_UNTIL_UNIX_MS_FIELD_NUMBER: _builtins.int
+    DECIDED_UNIX_MS_FIELD_NUMBER: _builtins.int
     policy_version: _builtins.int
     """The TD compares these with what it asked for."""
     policy_digest: _builtins.bytes
     lease_until_unix_ms: _builtins.int
     """Unix milliseconds until which the policy lets the workload hold the key."""
+    decided_unix_ms: _builtins.int
+    """When it was decided, by the same clock: how long the lease is does not depend on the TD's."""
     @_builtins.property
     def data_key(self) -> Global___SealedDataKey: ...
     @_builtins.property
@@ -797,10 +800,11 @@ class ReleaseResponse(_message.Message):
         policy_version: _builtins.int = ...,
         policy_digest: _builtins.bytes = ...,
         lease_until_unix_ms: _builtins.int = ...,
+        decided_unix_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["data_key", b"data_key", "receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_key", b"data_key", "lease_until_unix_ms", b"lease_until_unix_ms", "policy_digest", b"policy_digest", "policy_version", b"policy_version", "receipt", b"receipt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_key", b"data_key", "decided_unix_ms", b"decided_unix_ms", "lease_until_unix_ms", b"lease_until_unix_ms", "policy_digest", b"policy_digest", "policy_version", b"policy_version", "receipt", b"receipt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -818,7 +822,7 @@ class Receipt(_message.Message):
     ROOT_FIELD_NUMBER: _builtins.int
     RECEIPT_SPKI_DER_FIELD_NUMBER: _builtins.int
     signature: _builtins.bytes
-    """Ed25519 over the TLV "cloister-receipt-v1"."""
+    """Ed25519 over the TLV "cloister-receipt-v2"."""
     log_id: _builtins.bytes
     """SHA-384 of the log's receipt key (SubjectPublicKeyInfo, DER)."""
     index: _builtins.int

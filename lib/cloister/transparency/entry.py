@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One entry of the decision log: what was asked, who asked, what was decided and on what grounds.
 
-The encoding (TLV, never JSON) is what the Merkle leaf hashes; reading gives back exactly what was written.
+The encoding (TLV, never JSON) is what the Merkle leaf hashes; reading gives back exactly what was written. Every entry
+carries 16 random bytes: the leaf hash, which every tenant may see, tells nothing even to who could guess the rest.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Final
 from cloister.release.blocks import Block
 from cloister.tlv import parse_tlv, tlv
 
+SALT_SIZE: Final = 16
 _LABEL: Final = "cloister-log-entry-v1"
-_FIELDS: Final = 17
+_FIELDS: Final = 19
 MAX_BLOCKS: Final = 64
 
 
@@ -40,14 +42,16 @@ class Entry:
     wrapped_digest: bytes = b""  # SHA-384 of the wrapped data key
     record_digest: bytes = b""  # of the key's record after a change
     request_id: str = ""
+    detail: bytes = b""  # what the action is about, in an encoding of the action's own
 
-    def to_bytes(self, *, index: int, time_ms: int) -> bytes:
-        """Return the entry as it stands at this place of the log."""
+    def to_bytes(self, *, index: int, time_ms: int, salt: bytes) -> bytes:
+        """Return the entry as it stands at this place of the log; the salt is 16 random bytes."""
         blocks = tlv("blocks", *(tlv("block", b.name, int(b.ok), b.wanted, b.got) for b in self.blocks))
         return tlv(
             _LABEL,
             index,
             time_ms,
+            salt,
             self.action,
             self.tenant,
             self.key_uri,
@@ -62,6 +66,7 @@ class Entry:
             self.wrapped_digest,
             self.record_digest,
             self.request_id,
+            self.detail,
             tlv("block-list", len(self.blocks), blocks),
         )
 
@@ -72,7 +77,12 @@ class LoggedEntry:
 
     index: int
     time_ms: int  # Unix milliseconds
+    salt: bytes  # 16 bytes
     entry: Entry
+
+    def to_bytes(self) -> bytes:
+        """Return the leaf's bytes again."""
+        return self.entry.to_bytes(index=self.index, time_ms=self.time_ms, salt=self.salt)
 
     @classmethod
     def parse(cls, data: bytes) -> LoggedEntry:
@@ -85,27 +95,30 @@ class LoggedEntry:
     @classmethod
     def _parse(cls, data: bytes) -> LoggedEntry:
         fields = parse_tlv(data, label=_LABEL, fields=_FIELDS)
-        index, time_ms, key_version = (_number(fields[i]) for i in (0, 1, 7))
-        action, tenant, key_uri, caller = (field.decode() for field in fields[2:6])
-        purpose, job, channel = (field.decode() for field in fields[8:11])
+        index, time_ms, key_version = (_number(fields[i]) for i in (0, 1, 8))
+        if len(fields[2]) != SALT_SIZE:
+            raise ValueError("a salt has 16 bytes")
+        action, tenant, key_uri, caller = (field.decode() for field in fields[3:7])
+        purpose, job, channel = (field.decode() for field in fields[9:12])
         entry = Entry(
             action=action,
             tenant=tenant,
             key_uri=key_uri,
             caller=caller,
-            granted=_flag(fields[6]),
-            blocks=_blocks(fields[16]),
+            granted=_flag(fields[7]),
+            blocks=_blocks(fields[18]),
             key_version=key_version,
             purpose=purpose,
             job=job,
             channel=channel,
-            policy_digest=fields[11],
-            evidence_digest=fields[12],
-            wrapped_digest=fields[13],
-            record_digest=fields[14],
-            request_id=fields[15].decode(),
+            policy_digest=fields[12],
+            evidence_digest=fields[13],
+            wrapped_digest=fields[14],
+            record_digest=fields[15],
+            request_id=fields[16].decode(),
+            detail=fields[17],
         )
-        return cls(index, time_ms, entry)
+        return cls(index, time_ms, fields[2], entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +134,8 @@ class Outline:
         """Read the outer fields of an entry; raise EntryInvalid for anything else."""
         try:
             fields = parse_tlv(data, label=_LABEL, fields=_FIELDS)
-            tenant, key_uri, job = (fields[i].decode() for i in (3, 4, 9))
-            return cls(_number(fields[0]), (tenant, key_uri, job, int(_flag(fields[6])), fields[11]), fields[14])
+            tenant, key_uri, job = (fields[i].decode() for i in (4, 5, 10))
+            return cls(_number(fields[0]), (tenant, key_uri, job, int(_flag(fields[7])), fields[12]), fields[15])
         except ValueError:
             raise EntryInvalid("not a log entry") from None
 

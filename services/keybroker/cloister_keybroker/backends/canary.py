@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A part of no key of anyone, kept to see whether a custodian still opens what it wrapped.
+
+It stands in a file beside the store and opens nothing. It is made once, not at every start: making a key is the one
+thing at a custodian that must not be repeated lightly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+
+from cloister.atomicfile import file_error, write_atomically
+from cloister.errors import CloisterError, Code
+from cloister.keyuri import KeyUri
+from cloister.release.keys import KeyState
+from cloister.tlv import parse_tlv, sha384, tlv
+from cloister_keybroker.backends import Custodian, KeyRef
+
+if TYPE_CHECKING:
+    from cloister_keybroker.backends import Clock
+
+_LABEL: Final = "cloister-custodian-canary-v1"
+_KEY: Final = KeyRef(KeyUri("cloister", "canary"), 1, KeyState.ENABLED, frozenset())
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    backend: str
+    locator: bytes
+    wrapped: bytes
+    created_ms: int
+    digest: bytes  # SHA-384 of the part
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        backend, locator, wrapped, created_ms, digest = parse_tlv(data, label=_LABEL, fields=5)
+        return cls(backend.decode("ascii"), locator, wrapped, int.from_bytes(created_ms, "big"), digest)
+
+    def encode(self) -> bytes:
+        return tlv(_LABEL, self.backend, self.locator, self.wrapped, self.created_ms, self.digest)
+
+
+class Canary:
+    """Unwrap it; make it when there is none yet, or it is due."""
+
+    def __init__(self, custodian: Custodian, path: Path, clock: Clock) -> None:
+        self._custodian = custodian
+        self._path = path
+        self._clock = clock
+        self._checking = asyncio.Lock()  # two checks at once must not make two
+
+    async def check(self) -> None:
+        """Raise CloisterError when the custodian does not open the canary."""
+        async with self._checking:
+            kept = self._read()
+            if kept is None:
+                kept = await self._make()
+            elif self._due(kept):
+                old, kept = kept, await self._make()
+                await self._custodian.destroy(old.locator)
+            part = await self._custodian.unwrap(kept.locator, kept.wrapped, _KEY.custodian_aad())
+            if not hmac.compare_digest(sha384(part.reveal()), kept.digest):
+                raise CloisterError(
+                    Code.CUSTODIAN_ANSWER_INVALID,
+                    what="the back end opens the canary as something else",
+                    why="it is another store than the one that wrapped it, or it is damaged",
+                    todo="check what answers at the back end's address before any key is used",
+                )
+
+    def _due(self, kept: _Kept) -> bool:
+        lifetime = self._custodian.lifetime
+        age = self._clock() - datetime.fromtimestamp(kept.created_ms / 1000, UTC)
+        return lifetime is not None and age >= lifetime.rewrap_after
+
+    async def _make(self) -> _Kept:
+        created_ms = int(self._clock().timestamp() * 1000)
+        locator = await self._custodian.create(_KEY)
+        fresh = await self._custodian.generate(locator, _KEY.custodian_aad())
+        kept = _Kept(self._custodian.name, locator, fresh.wrapped, created_ms, sha384(fresh.secret.reveal()))
+        write_atomically(self._path, kept.encode())
+        return kept
+
+    def _read(self) -> _Kept | None:
+        try:
+            kept = _Kept.parse(self._path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise file_error(error, what=f"the canary of the back end {self._custodian.name} cannot be read") from None
+        except ValueError:
+            kept = None
+        if kept is None or kept.backend != self._custodian.name:
+            raise CloisterError(
+                Code.STORE_DAMAGED,
+                what=f"the canary of the back end {self._custodian.name} is damaged",
+                why=f"{self._path.name} in the state directory is not what the broker wrote",
+                todo="remove it: the broker makes another at its next check",
+            )
+        return kept

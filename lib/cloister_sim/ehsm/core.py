@@ -216,12 +216,7 @@ def public_key(key: Material) -> str:
             .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
             .decode()
         )
-    return (
-        _rsa(key)
-        .public_key()
-        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.PKCS1)
-        .decode()
-    )
+    return _rsa(key).public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.PKCS1).decode()
 
 
 def _decrypt_sm4(key: Material, ciphertext: bytes) -> bytes:

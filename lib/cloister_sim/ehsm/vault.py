@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 import secrets
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import apsw
 from cryptography.exceptions import InvalidTag
@@ -83,9 +83,6 @@ class KeyRow:
     created_ms: int
     expires_ms: int
     enabled: bool
-
-
-_KEY_COLUMNS: Final = "keyid, appid, keyspec, origin, keyusage, created_ms, expires_ms, enabled"
 
 
 class Vault:
@@ -176,7 +173,7 @@ class Vault:
             if int(db.execute("SELECT count(*) FROM keys WHERE appid = ?", (row.appid,)).get) >= MAX_KEYS:
                 raise bad_request("create cmk failed")
             db.execute(
-                f"INSERT INTO keys ({_KEY_COLUMNS}, material) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
                 (
                     row.keyid,
                     row.appid,
@@ -194,8 +191,8 @@ class Vault:
 
     async def key(self, appid: str, keyid: str, now_ms: int) -> tuple[KeyRow, bytes | None]:
         """Return a usable key and its sealed material; raise Refused in EHSM's words."""
-        found = await self.read(
-            lambda db: db.execute(f"SELECT {_KEY_COLUMNS}, material FROM keys WHERE keyid = ?", (keyid,)).fetchall()
+        found: list[Any] = await self.read(
+            lambda db: db.execute("SELECT * FROM keys WHERE keyid = ?", (keyid,)).fetchall()
         )
         if not found:
             raise bad_request("keyid error")
@@ -206,7 +203,7 @@ class Vault:
             raise bad_request("keyid is disabled")
         if now_ms > row.expires_ms:
             raise bad_request("keyid expire")
-        return row, found[0][-1]
+        return row, found[0][8]
 
     async def material(self, appid: str, keyid: str, now_ms: int) -> Material:
         """Return an opened key; raise Refused."""
@@ -218,31 +215,31 @@ class Vault:
     async def set_material(self, row: KeyRow, material: bytes) -> None:
         """Store imported material, once, and forget the key it came under; raise Refused the second time."""
         sealed = self.seal(material, *_key_place(row, "material"))
-        await self._fill(row.keyid, "material = ?, import_key = NULL", sealed, "ImportKeyMaterial failed.")
+        query = "UPDATE keys SET material = ?, import_key = NULL WHERE keyid = ? AND material IS NULL"
+        await self._fill(query, row.keyid, sealed, "ImportKeyMaterial failed.")
 
     async def set_import_key(self, row: KeyRow, import_key: bytes) -> None:
         """Store the key that material comes under; raise Refused when material is there, which it would replace."""
         sealed = self.seal(import_key, *_key_place(row, "import"))
-        await self._fill(row.keyid, "import_key = ?", sealed, "GetParametersForImport failed.")
+        query = "UPDATE keys SET import_key = ? WHERE keyid = ? AND material IS NULL"
+        await self._fill(query, row.keyid, sealed, "GetParametersForImport failed.")
 
-    async def _fill(self, keyid: str, assignment: str, sealed: bytes, refusal: str) -> None:
+    async def _fill(self, query: str, keyid: str, sealed: bytes, refusal: str) -> None:
         def update(db: apsw.Connection) -> None:
-            db.execute(f"UPDATE keys SET {assignment} WHERE keyid = ? AND material IS NULL", (sealed, keyid))
+            db.execute(query, (sealed, keyid))
             if not db.changes():
                 raise Refused(500, refusal, by_core=True)
 
         await self.write(update)
 
     async def import_key(self, row: KeyRow) -> bytes | None:
-        sealed = await self.read(
-            lambda db: db.execute("SELECT import_key FROM keys WHERE keyid = ?", (row.keyid,)).get
-        )
+        sealed = await self.read(lambda db: db.execute("SELECT import_key FROM keys WHERE keyid = ?", (row.keyid,)).get)
         return None if sealed is None else self.unseal(sealed, *_key_place(row, "import"))
 
     async def keys_of(self, appid: str) -> list[KeyRow]:
         rows = await self.read(
             lambda db: db.execute(
-                f"SELECT {_KEY_COLUMNS} FROM keys WHERE appid = ? ORDER BY created_ms LIMIT {MAX_KEYS}", (appid,)
+                "SELECT * FROM keys WHERE appid = ? ORDER BY created_ms LIMIT ?", (appid, MAX_KEYS)
             ).fetchall()
         )
         return [_row(row) for row in rows]
@@ -269,25 +266,20 @@ class Vault:
         def delete(db: apsw.Connection) -> int:
             db.execute("DELETE FROM keys WHERE expires_ms < ?", (now_ms + early,))
             swept = db.changes()
-            gone = "FROM secrets WHERE deleted_ms IS NOT NULL AND deleted_ms <= ?"
-            db.execute(f"DELETE FROM secret_versions WHERE (appid, name) IN (SELECT appid, name {gone})", (now_ms,))
-            db.execute(f"DELETE {gone}", (now_ms,))
+            db.execute(
+                "DELETE FROM secret_versions WHERE (appid, name) IN "
+                "(SELECT appid, name FROM secrets WHERE deleted_ms <= ?)",
+                (now_ms,),
+            )
+            db.execute("DELETE FROM secrets WHERE deleted_ms <= ?", (now_ms,))
             return swept
 
         return await self.write(delete)
 
 
-def _row(columns: tuple[apsw.SQLiteValue, ...]) -> KeyRow:
+def _row(columns: Sequence[Any]) -> KeyRow:
     keyid, appid, keyspec, origin, keyusage, created_ms, expires_ms, enabled = columns[:8]
-    return KeyRow(
-        str(keyid), str(appid), str(keyspec), str(origin), str(keyusage), _int(created_ms), _int(expires_ms), bool(enabled)
-    )
-
-
-def _int(value: apsw.SQLiteValue) -> int:
-    if not isinstance(value, int):
-        raise TypeError("not an integer")  # the tables are STRICT
-    return value
+    return KeyRow(keyid, appid, keyspec, origin, keyusage, created_ms, expires_ms, bool(enabled))
 
 
 def _key_place(row: KeyRow, what: str) -> tuple[str, ...]:

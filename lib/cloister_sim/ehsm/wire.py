@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from cloister import ehsm
+from cloister.secret import SecretBytes
 
 OPEN_ACTIONS: Final = frozenset({"GetVersion", "Enroll"})  # asked for by GET, without a signature
 PAYLOAD_ACTIONS: Final = frozenset(
@@ -86,7 +87,7 @@ class Request:
     def text(self) -> bytes:
         """Return the signed text; raise Refused for one that EHSM cannot sign."""
         try:
-            text = ehsm.canonical(self.signed).encode(errors="replace")
+            text = ehsm.canonical(self.signed).encode()
         except ValueError:
             raise bad_request("param type error") from None
         if len(text) > _MAX_SIGNED_TEXT:
@@ -98,6 +99,7 @@ def parse_request(action: str, body: bytes, now_ms: int) -> Request:
     """Parse a POST's body; raise Refused."""
     try:
         members = json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        json.dumps(members, ensure_ascii=False).encode()  # half a surrogate pair is no text that could be stored
     except (ValueError, RecursionError):
         raise bad_request("Invalid JSON") from None
     if not isinstance(members, dict):
@@ -128,6 +130,16 @@ def parse_request(action: str, body: bytes, now_ms: int) -> Request:
         sign=sign,
         signed={name: members[name] for name in _SIGNED if name in members},
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An authentic request with its payload checked: what an action works on."""
+
+    appid: str
+    fields: dict[str, Any]
+    now_ms: int
+    api_key: SecretBytes
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from cloister_keybroker.backends.embedded import EmbeddedBackend
 from cloister_keybroker.nonces import NonceBook
 from cloister_keybroker.owners import Owner, OwnerDesk
 from cloister_keybroker.rootkey import create_root_key, read_root_key
+from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.service import CALLERS, mounted
 from cloister_keybroker.store import KeyStore
 from cloister_keybroker.workloads import Asked, Released, ReleaseDesk, Workload
@@ -182,6 +183,8 @@ class Broker:
         if not root_key_path.exists():
             create_root_key(root_key_path)
         root_key = read_root_key(root_key_path)
+        if not store_path.exists():
+            (await KeyStore.create(store_path, root_key, SealRecord())).close()
         store = await KeyStore.open(store_path, root_key)
         backend, receipt_key = EmbeddedBackend(root_key), Ed25519PrivateKey.generate()
         signer, broker_id, nonces = (
@@ -221,12 +224,11 @@ class Broker:
         await self.owners.create(owner(), uri, purposes, yaml)
 
     async def replace_policy(self, **when: Any) -> None:
-        """Put the next policy of KEY in force; `when` as for policy_document, release= replaces that block."""
+        """Put the next policy of KEY in force; `when` as for policy_document, release=, cases= and change= besides."""
         record = (await self.owners.get(owner(), KEY)).record
-        release = when.pop("release", None)
+        blocks = {name: when.pop(name) for name in ("release", "cases", "change") if name in when}
         document = policy_document(version=record.policy_version + 1, previous=record.policy_digest, **when)
-        if release is not None:
-            document["spec"]["release"] = release
+        document["spec"] |= blocks
         await self.owners.put_policy(owner(), KEY, as_yaml(document))
 
     async def log(self, tenant: str = TENANT) -> list[LoggedEntry]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
 import sys
 from pathlib import Path
 
@@ -14,14 +13,12 @@ from cloister.errors import EXIT_CODE, CloisterError
 from cloister.runtime.endpoints import write_endpoints
 from cloister_sim.ehsm.server import EhsmServer
 from cloister_sim.ehsm.service import Generation
+from cloister_sim.ending import end_event
 
 
 async def run(arguments: argparse.Namespace) -> None:
-    """Serve until SIGTERM or SIGINT."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    """Serve until SIGTERM, SIGINT, or the other end of the lifeline closes."""
+    stop = end_event(arguments.lifeline_fd)
     async with EhsmServer(arguments.directory, listen=arguments.listen, generation=Generation(arguments.api)) as server:
         if arguments.client is not None:
             await write_client(server, arguments.client)
@@ -51,6 +48,7 @@ def main() -> int:
     parser.add_argument("--listen", default="127.0.0.1:9000", help="address and port; port 0 for any free one")
     parser.add_argument("--client", type=Path, help="directory for one client's ca.pem, appid and apikey")
     parser.add_argument("--endpoints-file", type=Path, help="written when the server accepts connections")
+    parser.add_argument("--lifeline-fd", type=int, help="end when this pipe does")
     parser.add_argument("--api", choices=[generation.value for generation in Generation], default="0.4.0")
     try:
         asyncio.run(run(parser.parse_args()))

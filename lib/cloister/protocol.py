@@ -24,6 +24,18 @@ def combined_nonce(challenge_nonce: bytes, relying_party_nonce: bytes) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
+class LeaseTerms:
+    """For how long a workload may hold a data key; all zero for the owner's own calls.
+
+    The two times are one clock's, the broker's: their difference needs no other clock to be believed.
+    """
+
+    policy_version: int = 0
+    decided_ms: int = 0  # Unix milliseconds
+    lease_until_ms: int = 0  # Unix milliseconds
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseBinding:
     """What a released data key is bound to; goes into the HPKE info and into the receipt."""
 
@@ -54,9 +66,10 @@ class ReleaseBinding:
         """Return the info of the HPKE seal."""
         return tlv("cloister-release-v1", *self._fields())
 
-    def receipt_message(self, *, sealed: bytes, log_id: bytes, index: int, root: bytes) -> bytes:
-        """Return what the broker signs: the binding, the answer's digest and the place of the decision in the log."""
-        return tlv("cloister-receipt-v1", *self._fields(), sha384(sealed), log_id, index, root)
+    def receipt_message(self, *, sealed: bytes, terms: LeaseTerms, log_id: bytes, index: int, root: bytes) -> bytes:
+        """Return what the broker signs: the binding, the lease, the answer's digest and the place in the log."""
+        lease = (terms.policy_version, terms.decided_ms, terms.lease_until_ms)
+        return tlv("cloister-receipt-v2", *self._fields(), *lease, sha384(sealed), log_id, index, root)
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,14 +221,19 @@ SPOILT: dict[str, Callable[[Any], None]] = {
     "a root of another size": lambda r: setattr(r.receipt, "root", b"\x00"),
     "another log": lambda r: setattr(r.receipt, "log_id", b"\x00" * 48),
     "another receipt key": lambda r: setattr(r.receipt, "receipt_spki_der", b"\x00" * 44),
+}
+SPOILT_RELEASES: dict[str, Callable[[Any], None]] = {
+    **SPOILT,
     "another policy": lambda r: setattr(r, "policy_digest", b"\x00" * 48),
     "another policy version": lambda r: setattr(r, "policy_version", 2),
+    "a longer lease": lambda r: setattr(r, "lease_until_unix_ms", r.lease_until_unix_ms + 1),
+    "an earlier decision": lambda r: setattr(r, "decided_unix_ms", r.decided_unix_ms - 1),
 }
 
 
-@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize("how", SPOILT_RELEASES)
 async def test_a_spoilt_answer_is_refused(serving: Broker, rank: Identity, how: str) -> None:
-    serving.spoil = SPOILT[how]
+    serving.spoil = SPOILT_RELEASES[how]
     with pytest.raises(CloisterError) as caught:
         await KeyClient(rank, serving.endpoint).release(URI, "train", wrapped=WRAPPED, key_version=3)
     assert caught.value.code is Code.RECEIPT_INVALID
@@ -309,7 +314,7 @@ async def test_an_owner_gets_data_keys(serving: Broker, owner: StaticCredentials
     ]
 
 
-@pytest.mark.parametrize("how", [how for how in SPOILT if "policy" not in how])
+@pytest.mark.parametrize("how", SPOILT)
 async def test_an_owner_refuses_a_spoilt_answer(serving: Broker, owner: StaticCredentials, how: str) -> None:
     serving.spoil = SPOILT[how]
     with pytest.raises(CloisterError) as caught:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import grpc
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -20,7 +22,7 @@ from cloister.errors import CloisterError, Code
 from cloister.guest.enrol import Identity
 from cloister.guest.evidence_service import EVIDENCE_CALLERS, mounted_evidence
 from cloister.identity import Role
-from cloister.protocol import ReleaseBinding
+from cloister.protocol import LeaseTerms, ReleaseBinding
 from cloister.runtime.caller import current_caller
 from cloister.runtime.server import GrpcServer, Mounted
 from cloister.secret import SecretBytes
@@ -30,6 +32,7 @@ from fakes.attest_harness import ATTEST_ID, TRUST_DOMAIN, LocalAttest
 PACKAGE = "cloister.api.keybroker.v1"
 BROKER_ID = f"spiffe://{TRUST_DOMAIN}/service/keybroker"
 POLICY_DIGEST = b"\x31" * 48
+NO_LEASE = LeaseTerms()
 DATA_KEY = b"\x77" * 32
 PURPOSE_TEXT = {pb.PURPOSE_TRAIN: "train", pb.PURPOSE_SERVE: "serve", pb.PURPOSE_EVALUATE: "evaluate"}
 
@@ -40,6 +43,10 @@ def _as_it_is(binding: ReleaseBinding) -> ReleaseBinding:
 
 def _nothing(response: Any) -> None:
     return None
+
+
+async def _absent(_request: Any, context: Any) -> None:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this broker does not do that")
 
 
 @dataclass
@@ -84,8 +91,13 @@ class Broker(rpc.KeyReleaseServiceServicer, rpc.KeyOwnerServiceServicer):
             client_nonce=request.client_nonce, broker_nonce=request.broker_nonce, broker_id=BROKER_ID,
             wrapped_digest=sha384(wrapped),
         )  # fmt: skip
-        data_key, receipt = self._answer(binding, wrapped, request.hpke_public_key)
-        response = pb.ReleaseResponse(data_key=data_key, receipt=receipt, policy_version=1, policy_digest=POLICY_DIGEST)
+        now_ms = int(self.attest.clock().timestamp() * 1000)
+        terms = LeaseTerms(1, now_ms, now_ms + 3_600_000)
+        data_key, receipt = self._answer(binding, wrapped, request.hpke_public_key, terms)
+        response = pb.ReleaseResponse(
+            data_key=data_key, receipt=receipt, policy_version=terms.policy_version, policy_digest=POLICY_DIGEST,
+            decided_unix_ms=terms.decided_ms, lease_until_unix_ms=terms.lease_until_ms,
+        )  # fmt: skip
         self.spoil(response)
         return response
 
@@ -133,13 +145,15 @@ class Broker(rpc.KeyReleaseServiceServicer, rpc.KeyOwnerServiceServicer):
         self.spoil(response)
         return {"data_key": response.data_key, "receipt": response.receipt}
 
-    def _answer(self, binding: ReleaseBinding, wrapped: bytes, recipient: bytes) -> tuple[pb.SealedDataKey, pb.Receipt]:
+    def _answer(
+        self, binding: ReleaseBinding, wrapped: bytes, recipient: bytes, terms: LeaseTerms = NO_LEASE
+    ) -> tuple[pb.SealedDataKey, pb.Receipt]:
         bound = self.bind(binding)
         sealed = hpke.seal(recipient, SecretBytes(self.secret), info=bound.hpke_info())
         key = self.receipt_key or self.identity.guest.keys.receipt
         spki = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         log_id, root = sha384(spki), hashlib.sha256(b"log").digest()
-        message = bound.receipt_message(sealed=sealed, log_id=log_id, index=7, root=root)
+        message = bound.receipt_message(sealed=sealed, terms=terms, log_id=log_id, index=7, root=root)
         data_key = pb.SealedDataKey(
             sealed=sealed, wrapped=wrapped, key_uri=binding.key_uri, key_version=binding.key_version
         )
@@ -157,6 +171,9 @@ async def broker(attest: LocalAttest) -> AsyncIterator[Broker]:
     """Enrol and serve a broker."""
     identity = await attest.enrol(attest.td(Role.KEYBROKER))
     servicer = Broker(attest, identity)
+    for name in (method for method in dir(servicer) if method[0].isupper()):
+        if not inspect.iscoroutinefunction(getattr(servicer, name)):
+            setattr(servicer, name, _absent)
     everyone = frozenset({Role.RANK, Role.BACKEND, Role.USER})
     methods = [
         f"/{service.full_name}/{method.name}"

@@ -28,6 +28,7 @@ from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
 from cloister.identity import Role, SpiffeId
 from cloister.keyuri import KeyUri
 from cloister.policyblocks import digest_text
+from cloister.protocol import LeaseTerms
 from cloister.release.decide import Peer
 from cloister.release.keys import KeyState, Purpose
 from cloister.runtime.pem import read_leaf
@@ -37,9 +38,11 @@ from cloister.tlv import sha384
 from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient
 from cloister_keybroker.backends.embedded import EmbeddedBackend
+from cloister_keybroker.logkey import LogKey
 from cloister_keybroker.nonces import NonceBook
 from cloister_keybroker.owners import Owner, OwnerDesk
 from cloister_keybroker.rootkey import create_root_key, read_root_key
+from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.service import CALLERS, mounted
 from cloister_keybroker.store import KeyStore
 from cloister_keybroker.workloads import Asked, Released, ReleaseDesk, Workload
@@ -54,6 +57,7 @@ COLLEAGUE = SpiffeId.of_user(TRUST_DOMAIN, tenant=TENANT, user="intern")
 STRANGER = SpiffeId.of_user(TRUST_DOMAIN, tenant="hospital-b", user="data-office")
 RANK = SpiffeId.of_rank(TRUST_DOMAIN, tenant=TENANT, job="j-1", rank=1)
 SCRIPT = b"\x23" * 48  # what sample_ear says
+NO_LEASE = LeaseTerms()
 CHANNEL = "TLSv1.3, X25519MLKEM768"
 
 Document = dict[str, Any]
@@ -159,7 +163,7 @@ class Td:
         return await self.broker.releases.release(self.workload, asked)
 
     def open(self, released: Released) -> SecretBytes:
-        return opened(self.hpke, released.data_key)
+        return opened(self.hpke, released.data_key, released.terms)
 
 
 @dataclass
@@ -173,6 +177,7 @@ class Broker:
     releases: ReleaseDesk
     nonces: NonceBook
     receipt_key: Ed25519PrivateKey
+    log_key: LogKey
 
     @classmethod
     async def open(cls, store_path: Path, root_key_path: Path, ca: TestCa, clock: Clock | None = None) -> Broker:
@@ -180,13 +185,13 @@ class Broker:
         if not root_key_path.exists():
             create_root_key(root_key_path)
         root_key = read_root_key(root_key_path)
+        if not store_path.exists():
+            (await KeyStore.create(store_path, root_key, SealRecord())).close()
         store = await KeyStore.open(store_path, root_key)
         backend, receipt_key = EmbeddedBackend(root_key), Ed25519PrivateKey.generate()
-        signer, broker_id, nonces = (
-            ReceiptSigner(receipt_key),
-            SpiffeId.service(TRUST_DOMAIN, Role.KEYBROKER),
-            NonceBook(),
-        )
+        broker_id, nonces = SpiffeId.service(TRUST_DOMAIN, Role.KEYBROKER), NonceBook()
+        log_key = await store.begin_life(receipt_key, broker_id, time_ms=int(clock().timestamp() * 1000))
+        signer = ReceiptSigner(receipt_key, log_id=log_key.log_id)
         return cls(
             ca,
             clock,
@@ -203,6 +208,7 @@ class Broker:
             ),
             nonces,
             receipt_key,
+            log_key,
         )
 
     def sign(self, ear: Ear) -> str:
@@ -219,12 +225,11 @@ class Broker:
         await self.owners.create(owner(), uri, purposes, yaml)
 
     async def replace_policy(self, **when: Any) -> None:
-        """Put the next policy of KEY in force; `when` as for policy_document, release= replaces that block."""
+        """Put the next policy of KEY in force; `when` as for policy_document, release=, cases= and change= besides."""
         record = (await self.owners.get(owner(), KEY)).record
-        release = when.pop("release", None)
+        blocks = {name: when.pop(name) for name in ("release", "cases", "change") if name in when}
         document = policy_document(version=record.policy_version + 1, previous=record.policy_digest, **when)
-        if release is not None:
-            document["spec"]["release"] = release
+        document["spec"] |= blocks
         await self.owners.put_policy(owner(), KEY, as_yaml(document))
 
     async def log(self, tenant: str = TENANT) -> list[LoggedEntry]:
@@ -240,11 +245,11 @@ def recipient(pair: HpkeKeyPair) -> Recipient:
     return Recipient(secrets.token_bytes(32), KEM_MLKEM768_X25519, pair.public_bytes)
 
 
-def opened(pair: HpkeKeyPair, answer: DataKeyAnswer) -> SecretBytes:
+def opened(pair: HpkeKeyPair, answer: DataKeyAnswer, terms: LeaseTerms = NO_LEASE) -> SecretBytes:
     """Verify the receipt as a TD does, then open the data key."""
     receipt = answer.receipt
     message = answer.binding.receipt_message(
-        sealed=answer.sealed, log_id=receipt.log_id, index=receipt.place.index, root=receipt.place.root
+        sealed=answer.sealed, terms=terms, log_id=receipt.log_id, index=receipt.place.index, root=receipt.place.root
     )
     load_der_public_key(receipt.receipt_spki_der).verify(receipt.signature, message)  # type: ignore[union-attr,call-arg]
     return pair.open(answer.sealed, info=answer.binding.hpke_info())

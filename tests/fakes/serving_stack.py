@@ -61,6 +61,7 @@ class Stack:
         await self._service("attest", attest)
         root_key = self.state.root / "root.key"
         command = [sys.executable, "-m", "cloister_keybroker", "init", "--root-key-file", str(root_key)]
+        command += ["--state-dir", str(self.state.service_directory("keybroker"))]
         subprocess.run(command, check=True, capture_output=True)
         enrolment = self.endpoints["attest"]["enrolment"]
         broker = stackconfig.keybroker_config(self.places, self.options, attest_enrolment=enrolment, root_key=root_key)

@@ -94,12 +94,10 @@ class Stack:
         self._spawn("sim", ["-m", "cloister_sim", "--directory", str(self.directory / "sim"), "--socket", str(socket)])
         wait_until(socket.exists, what="the simulated platform did not start")
         self.start_service("attest")
-        root_key = self.directory / "root.key"
-        subprocess.run(
-            [sys.executable, "-m", "cloister_keybroker", "init", "--root-key-file", str(root_key)],
-            check=True,
-            capture_output=True,
-        )
+        root_key, store = self.directory / "root.key", self.directory / "keybroker"
+        command = [sys.executable, "-m", "cloister_keybroker", "init"]
+        command += ["--root-key-file", str(root_key), "--state-dir", str(store)]
+        subprocess.run(command, check=True, capture_output=True)
         self.start_service("keybroker")
         self.start_service("trainer")
 
@@ -246,7 +244,7 @@ class Stack:
         return (
             self._service_toml("keybroker")
             + self._guest_toml()
-            + f'[keybroker]\nroot_key_file = "{self.directory / "root.key"}"\n'
+            + f'[keybroker]\nroot_key = "file:{self.directory / "root.key"}"\n'
         )
 
     def _trainer_toml(self) -> str:

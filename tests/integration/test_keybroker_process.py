@@ -26,6 +26,8 @@ from cloister.identity import Role
 from cloister.runtime.channel import invoke, open_channel, open_enrolment_channel
 from cloister.runtime.credentials import StaticCredentials
 from cloister.runtime.endpoints import read_endpoints
+from cloister_keybroker.__main__ import init
+from cloister_keybroker.config import STORE_FILE
 from cloister_keybroker.rootkey import create_root_key
 from fakes.attest_harness import CONFIG, JOB, SCRIPT, TRUST_DOMAIN, AttestProcess, csr, measure, user_material
 
@@ -39,6 +41,7 @@ class BrokerProcess:
         self.attest = attest
         self.directory = attest.directory
         self.root_key = self.directory / "root.key"
+        self.store = self.directory / "keybroker" / STORE_FILE
         self.endpoints_file = self.directory / "keybroker.endpoints.json"
         self.config_file = self.directory / "keybroker.toml"
         self.log_file = self.directory / "keybroker.log"
@@ -55,7 +58,7 @@ class BrokerProcess:
             f'[guest]\nprovider = "simulated:{self.attest.socket}"\n'
             f'attest_endpoint = "{self.attest.endpoints["enrolment"]}"\n'
             f'trust_bundle = "{self.attest.bundle_file.name}"\n'
-            f'[keybroker]\nroot_key_file = "root.key"\n{more}'
+            f'[keybroker]\nroot_key = "file:root.key"\n{more}'
         )
 
     async def start(self) -> None:
@@ -105,7 +108,8 @@ async def a_stack() -> AsyncIterator[tuple[AttestProcess, BrokerProcess]]:
             await attest.start_platform()
             attest.write_config(keybroker=digest_of_package("cloister_keybroker").hex())
             await attest.start()
-            create_root_key(broker.root_key)
+            arguments = ["--root-key-file", str(broker.root_key), "--state-dir", str(broker.store.parent)]
+            assert await asyncio.to_thread(init, arguments) == 0
             broker.write_config()
             yield attest, broker
         finally:
@@ -203,7 +207,10 @@ async def test_from_a_sealed_key_to_an_attested_rank_and_across_a_restart() -> N
                     assert secret.hex().encode() not in data, path
 
 
-@pytest.mark.parametrize("trouble", ["no root key", "open root key", "other root key", "unknown key in the file"])
+@pytest.mark.parametrize(
+    "trouble",
+    ["no root key", "open root key", "other root key", "unknown key in the file", "no store", "empty store", "shares"],
+)
 async def test_a_broker_that_cannot_be_right_does_not_start(trouble: str) -> None:
     async with a_stack() as (_, broker):
         if trouble == "other root key":
@@ -215,6 +222,12 @@ async def test_a_broker_that_cannot_be_right_does_not_start(trouble: str) -> Non
             broker.root_key.unlink()
         elif trouble == "open root key":
             broker.root_key.chmod(0o644)
+        elif trouble == "no store":
+            broker.store.unlink()
+        elif trouble == "empty store":
+            broker.store.write_bytes(b"")
+        elif trouble == "shares":
+            broker.config_file.write_text(broker.config_file.read_text().replace("file:root.key", "shares"))
         else:
             broker.write_config("backend = 'cloud'\n")
         code, log = await broker.fails()
@@ -222,6 +235,12 @@ async def test_a_broker_that_cannot_be_right_does_not_start(trouble: str) -> Non
             "no root key": (5, "CLO-1003"),
             "open root key": (2, "CLO-1001"),
             "other root key": (1, "CLO-1310"),
-            "unknown key in the file": (2, "allowed keys: root_key_file"),
+            "unknown key in the file": (2, "allowed keys: operators, root_key"),
+            "no store": (5, "there is no database at"),
+            "empty store": (1, "is empty"),
+            "shares": (2, "the store's root key comes from: file"),
         }[trouble]
         assert (code, expected[1] in log) == (expected[0], True), log
+        # Nothing was made in its place.
+        assert not (trouble == "no store" and broker.store.exists())
+        assert not (trouble == "no root key" and broker.root_key.exists())

@@ -16,7 +16,7 @@ from cloister.api.keybroker.v1 import keybroker_pb2_grpc as rpc
 from cloister.errors import CloisterError, Code
 from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
 from cloister.identity import Role, SpiffeId
-from cloister.protocol import ReleaseBinding
+from cloister.protocol import LeaseTerms, ReleaseBinding
 from cloister.runtime.channel import invoke, open_channel
 from cloister.runtime.credentials import StaticCredentials
 from cloister.runtime.pem import read_leaf
@@ -131,11 +131,12 @@ async def release(
         wrapped_digest=sha384(response.data_key.wrapped),
     )
     receipt = response.receipt
-    assert receipt.log_id == sha384(receipt.receipt_spki_der)
+    terms = LeaseTerms(response.policy_version, response.decided_unix_ms, response.lease_until_unix_ms)
+    assert receipt.log_id == broker.log_key.log_id
     broker.receipt_key.public_key().verify(
         receipt.signature,
         binding.receipt_message(
-            sealed=response.data_key.sealed, log_id=receipt.log_id, index=receipt.index, root=receipt.root
+            sealed=response.data_key.sealed, terms=terms, log_id=receipt.log_id, index=receipt.index, root=receipt.root
         ),
     )
     secret = td.hpke.open(response.data_key.sealed, info=binding.hpke_info())
@@ -216,7 +217,7 @@ async def test_an_owners_day(served: Served) -> None:
         ("put-policy", True),
         ("create-key", True),
     ]
-    assert [entry.index for entry in log.decisions] == [6, 5, 4, 3, 2, 0]
+    assert [entry.index for entry in log.decisions] == [7, 6, 5, 4, 3, 1]
 
 
 async def test_keys_are_listed_in_pages_and_per_tenant(served: Served) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloister import hpke
-from cloister.protocol import JobInput, ReleaseBinding, combined_nonce, job_config_digest
+from cloister.protocol import JobInput, LeaseTerms, ReleaseBinding, combined_nonce, job_config_digest
 from cloister.secret import SecretBytes
 from cloister.tlv import lp, parse_tlv, sha384, tlv
 
@@ -131,6 +131,7 @@ BINDING = ReleaseBinding(
     broker_id="spiffe://cloister.dev/service/keybroker",
     wrapped_digest=b"w" * 48,
 )
+TERMS = LeaseTerms(policy_version=1, decided_ms=1_000, lease_until_ms=4_000)
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ReleaseBinding)])
@@ -139,13 +140,24 @@ def test_every_field_of_a_release_is_bound_in_info_and_receipt(field: str) -> No
     new = old + 1 if isinstance(old, int) else old[:-1] + ("X" if isinstance(old, str) else b"X")
     changed = dataclasses.replace(BINDING, **{field: new})
     assert changed.hpke_info() != BINDING.hpke_info()
-    receipt = {"sealed": b"s", "log_id": b"l" * 48, "index": 3, "root": b"r" * 32}
+    receipt = {"sealed": b"s", "terms": TERMS, "log_id": b"l" * 48, "index": 3, "root": b"r" * 32}
     assert changed.receipt_message(**receipt) != BINDING.receipt_message(**receipt)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("change", [{"sealed": b"t"}, {"log_id": b"m" * 48}, {"index": 4}, {"root": b"s" * 32}])
-def test_a_receipt_is_over_the_answer_and_its_place_in_the_log(change: dict[str, object]) -> None:
-    receipt = {"sealed": b"s", "log_id": b"l" * 48, "index": 3, "root": b"r" * 32}
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sealed": b"t"},
+        {"log_id": b"m" * 48},
+        {"index": 4},
+        {"root": b"s" * 32},
+        {"terms": LeaseTerms(2, 1_000, 4_000)},
+        {"terms": LeaseTerms(1, 1_001, 4_000)},
+        {"terms": LeaseTerms(1, 1_000, 4_001)},
+    ],
+)
+def test_a_receipt_is_over_the_answer_its_lease_and_its_place_in_the_log(change: dict[str, object]) -> None:
+    receipt = {"sealed": b"s", "terms": TERMS, "log_id": b"l" * 48, "index": 3, "root": b"r" * 32}
     assert BINDING.receipt_message(**(receipt | change)) != BINDING.receipt_message(**receipt)  # type: ignore[arg-type]
 
 

@@ -150,13 +150,13 @@ class _Builder:
             self._state.endpoints_file(service).unlink(missing_ok=True)
 
     async def _root_key(self) -> Path:
-        """Have the keybroker make its root key, once."""
+        """Have the keybroker make its root key and its store, once."""
         path = self._state.service_directory("keybroker") / "root.key"
         if path.exists():
             return path
         path.parent.mkdir(mode=0o700, exist_ok=True)
         process = await asyncio.create_subprocess_exec(
-            *_python("cloister_keybroker", "init", "--root-key-file", str(path)),
+            *_python("cloister_keybroker", "init", "--root-key-file", str(path), "--state-dir", str(path.parent)),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,

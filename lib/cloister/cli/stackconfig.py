@@ -86,7 +86,7 @@ def keybroker_config(places: Places, options: StackOptions, *, attest_enrolment:
         {
             "service": places.service_section("keybroker", options),
             "guest": places.guest_section(attest_enrolment),
-            "keybroker": {"root_key_file": str(root_key)},
+            "keybroker": {"root_key": f"file:{root_key}", "operators": [options.user_id]},
         }
     )
 

@@ -21,7 +21,7 @@ from cloister.guest.receipt import fetch_receipt_key, open_answer, refuse
 from cloister.hpke import KEM_MLKEM768_X25519
 from cloister.identity import Role, SpiffeId
 from cloister.keyuri import KeyUri
-from cloister.protocol import NONCE_SIZE, ReleaseBinding
+from cloister.protocol import NONCE_SIZE, LeaseTerms, ReleaseBinding
 from cloister.runtime.channel import SwappingChannel, invoke, open_channel
 from cloister.runtime.credentials import StaticCredentials
 from cloister.sealed.datakey import DataKey
@@ -140,6 +140,7 @@ class KeyClient:
             binding=binding,
             recipient=recipient,
             receipt_spki_der=await self._receipt_key(channel, attested, response.receipt.receipt_spki_der),
+            terms=LeaseTerms(begin.policy_version, response.decided_unix_ms, response.lease_until_unix_ms),
         )
         # Before the key is used: a TD that cannot record it must not have it.
         await asyncio.to_thread(self._identity.guest.record_key, uri, answer.key_version, received.receipt_digest)

@@ -15,14 +15,16 @@ from cloister.errors import CloisterError, Code
 from cloister.guest.evidence import load_ed25519_spki, report_data_of
 from cloister.hpke import HpkeError, HpkeKeyPair
 from cloister.identity import Role, SpiffeId
-from cloister.protocol import NONCE_SIZE, ReleaseBinding
+from cloister.protocol import NONCE_SIZE, LeaseTerms, ReleaseBinding
 from cloister.runtime.channel import invoke
 from cloister.sealed.datakey import DATA_KEY_SIZE, DataKey
 from cloister.tdx.quote import Quote, QuoteRejected
 from cloister.tlv import sha384, tlv
 
 _CALL_TIMEOUT_S: Final = 20.0
+_LOG_ID_SIZE: Final = 48  # SHA-384 of the log's own key; which log it is, the owner's audit compares
 _ROOT_SIZE: Final = 32  # SHA-256, RFC 6962
+_NO_LEASE: Final = LeaseTerms()  # the owner's own calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,13 @@ def open_answer(
     binding: ReleaseBinding,
     recipient: HpkeKeyPair,
     receipt_spki_der: bytes,
+    terms: LeaseTerms = _NO_LEASE,
 ) -> Received:
     """Check that the answer is what `binding` says and the broker signed it, then open it.
 
     Everything in `binding` is the caller's own knowledge; what the broker chose (version, wrapped key) the caller
-    compared with its request before. Raises CloisterError(RECEIPT_INVALID).
+    compared with its request before. `terms` is the lease as the broker's answer says it. Raises
+    CloisterError(RECEIPT_INVALID).
     """
     if answer.key_uri != binding.key_uri or answer.key_version != binding.key_version:
         refuse("the answer is about another key than the one asked for")
@@ -53,10 +57,10 @@ def open_answer(
     key = load_ed25519_spki(receipt_spki_der)
     if key is None or not secrets.compare_digest(receipt.receipt_spki_der, receipt_spki_der):
         refuse("the receipt is under another key than the broker's evidence names")
-    if not secrets.compare_digest(receipt.log_id, sha384(receipt_spki_der)) or len(receipt.root) != _ROOT_SIZE:
-        refuse("the receipt names another log, or no root of it")
+    if len(receipt.log_id) != _LOG_ID_SIZE or len(receipt.root) != _ROOT_SIZE:
+        refuse("the receipt names no log, or no root of it")
     message = binding.receipt_message(
-        sealed=answer.sealed, log_id=receipt.log_id, index=receipt.index, root=receipt.root
+        sealed=answer.sealed, terms=terms, log_id=receipt.log_id, index=receipt.index, root=receipt.root
     )
     try:
         key.verify(receipt.signature, message)

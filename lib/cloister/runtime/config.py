@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cloister.errors import CloisterError, Code
 
+# What validators of a model find in ValidationInfo.context: the directory of the file, for paths inside other text.
+DIRECTORY: Final = "directory"
 _MAX_BYTES: Final = 1024 * 1024
 _SECTION: Final = re.compile(r"^\s*\[\[?\s*([A-Za-z0-9_.\"' -]+?)\s*\]\]?\s*(?:#.*)?$")
 _KEY: Final = re.compile(r"^\s*([A-Za-z0-9_.\"'-]+)\s*=")
@@ -75,7 +77,7 @@ def _parse(path: Path, data: bytes, model: type[_Model]) -> _Model:
         raise _invalid(path, None, "not TOML: nested too deeply") from None
     _anchor(document, model, path.parent)
     try:
-        return model.model_validate(document)
+        return model.model_validate(document, context={DIRECTORY: path.parent})
     except ValidationError as error:
         raise _from_validation(path, text, model, error) from None
 

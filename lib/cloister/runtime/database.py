@@ -61,12 +61,22 @@ class Database:
         self._thread.start()
 
     @classmethod
-    def open(cls, path: Path, migrations: Sequence[str]) -> Self:
-        """Open or create the file (0600) and apply the migrations it has not seen; raise CloisterError."""
+    def open(cls, path: Path, migrations: Sequence[str], *, create: bool = True) -> Self:
+        """Open or create the file (0600) and apply the migrations it has not seen; raise CloisterError.
+
+        Without `create` the file has to be there, and not be empty: SQLite would make a new database of an empty file.
+        """
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            if create:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
+            size = os.fstat(descriptor).st_size
+            os.close(descriptor)
+            if not (create or size):
+                raise _empty(path)
             connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+        except FileNotFoundError:
+            raise _missing(path) from None
         except (OSError, apsw.Error) as error:
             raise _failed(path, error) from error
         try:
@@ -191,6 +201,24 @@ def _migrate(connection: apsw.Connection, path: Path, migrations: Sequence[str])
         with connection:
             connection.execute(sql)
             connection.execute(f"PRAGMA user_version = {number}")
+
+
+def _missing(path: Path) -> CloisterError:
+    return CloisterError(
+        Code.FILE_NOT_FOUND,
+        what=f"there is no database at {path}",
+        why="it was moved or lost, or was never made; another is not made in its place",
+        todo="restore it from a backup",
+    )
+
+
+def _empty(path: Path) -> CloisterError:
+    return CloisterError(
+        Code.IO_FAILED,
+        what=f"{path} is empty",
+        why="it was cut to nothing; another database is not made in its place",
+        todo="restore it from a backup",
+    )
 
 
 def _failed(path: Path, error: BaseException) -> CloisterError:

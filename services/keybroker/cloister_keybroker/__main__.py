@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start the key broker, or make a root key for a new one.
+"""Start the key broker, or make the store of a new one.
 
 python -m cloister_keybroker --config FILE
-python -m cloister_keybroker init --root-key-file FILE
+python -m cloister_keybroker init --root-key-file FILE --state-dir DIRECTORY
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,14 +27,14 @@ from cloister.runtime.logging import configure
 from cloister.runtime.main import run_service
 from cloister.runtime.metrics import RpcMetrics
 from cloister.runtime.server import GrpcServer
-from cloister_keybroker.answers import ReceiptSigner
-from cloister_keybroker.backends.embedded import EmbeddedBackend
+from cloister_keybroker.assembly import assembled
 from cloister_keybroker.config import STORE_FILE, Config
-from cloister_keybroker.owners import OwnerDesk
-from cloister_keybroker.rootkey import create_root_key, read_root_key
-from cloister_keybroker.service import CALLERS, mounted
+from cloister_keybroker.gate import Gate
+from cloister_keybroker.rootkey import RootKey, create_root_key, read_root_key
+from cloister_keybroker.sealrecord import SealRecord
+from cloister_keybroker.service import CALLERS
 from cloister_keybroker.store import KeyStore
-from cloister_keybroker.workloads import ReleaseDesk
+from cloister_keybroker.vault import Vault
 
 
 async def serve(config_path: Path, stop: asyncio.Event) -> None:
@@ -50,11 +50,8 @@ async def serve(config_path: Path, stop: asyncio.Event) -> None:
             why=str(error),
             todo="reinstall the `cryptography` package",
         ) from None
-    root_key = read_root_key(config.keybroker.root_key_file)
-    store = await KeyStore.open(config.service.state_dir / STORE_FILE, root_key)
+    vault = await Vault.open(config.service.state_dir / STORE_FILE, config.keybroker.root_key)
     try:
-        backend = EmbeddedBackend(root_key)
-        await backend.check()
         identity = await enrol_service(
             config.guest,
             config.service,
@@ -63,47 +60,51 @@ async def serve(config_path: Path, stop: asyncio.Event) -> None:
             config_bytes=config_bytes,
         )
         try:
-            signer = ReceiptSigner(identity.guest.keys.receipt)
-            owners = OwnerDesk(
-                store=store, backend=backend, signer=signer, broker_id=str(identity.spiffe_id), clock=_now
-            )
-            releases = ReleaseDesk(
-                store=store,
-                backend=backend,
-                signer=signer,
-                credentials=identity,
-                broker_id=identity.spiffe_id,
-                clock=_now,
-            )
-            health, metrics = HealthState(), RpcMetrics()
+            gate, health, metrics = Gate(), HealthState(), RpcMetrics()
             server = GrpcServer(
                 section=config.service,
                 credentials=identity,
-                services=[*mounted(owners, releases, store), mounted_evidence(identity)],
+                services=[*gate.mounted(), mounted_evidence(identity)],
                 callers={**CALLERS, **EVIDENCE_CALLERS},
                 health=health,
                 metrics=metrics,
             )
-            async with serving(config.service, {"grpc": server}, health=health, metrics=metrics):
-                await stop.wait()
+            try:
+                await vault.attach(gate, partial(assembled, identity=identity))
+                async with serving(config.service, {"grpc": server}, health=health, metrics=metrics):
+                    await stop.wait()
+            finally:
+                await vault.detach()
         finally:
             await identity.aclose()
     finally:
-        store.close()
+        vault.close()
 
 
 def init(argv: Sequence[str]) -> int:
-    """Create a root key file; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m cloister_keybroker init", description="Create a root key file.")
-    parser.add_argument("--root-key-file", type=Path, required=True, help="file to create (0600); never overwritten")
-    path = parser.parse_args(argv).root_key_file
+    """Create a store under a root key file, and that file unless it is there; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m cloister_keybroker init", description="Create an empty key store.")
+    parser.add_argument("--root-key-file", type=Path, required=True, help="made (0600) unless it is there")
+    parser.add_argument("--state-dir", type=Path, required=True, help="service.state_dir of the configuration")
+    arguments = parser.parse_args(argv)
+    path, store = arguments.root_key_file, arguments.state_dir / STORE_FILE
     try:
-        create_root_key(path)
+        arguments.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        made = not path.exists() and not store.exists()
+        if made:
+            create_root_key(path)
+        asyncio.run(_create_store(store, read_root_key(path)))
     except CloisterError as error:
         print(error, file=sys.stderr)  # noqa: T201 - a command's answer
         return EXIT_CODE[error.kind]
-    print(f"created {path}: keep a copy where the store's backups are not")  # noqa: T201 - a command's answer
+    if made:
+        print(f"created {path}: keep a copy where the store's backups are not")  # noqa: T201 - a command's answer
+    print(f"created {store}")  # noqa: T201 - a command's answer
     return 0
+
+
+async def _create_store(path: Path, root_key: RootKey) -> None:
+    (await KeyStore.create(path, root_key, SealRecord())).close()
 
 
 def main(argv: Sequence[str]) -> NoReturn:
@@ -111,10 +112,6 @@ def main(argv: Sequence[str]) -> NoReturn:
     if argv[:1] == ["init"]:
         sys.exit(init(argv[1:]))
     run_service(serve, "keybroker", argv)
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Any, Final
 
-from cloister.runtime.config import ConfigModel, GuestSection, ServiceSection
+from pydantic import BeforeValidator, ValidationInfo, field_validator
+
+from cloister.errors import CloisterError
+from cloister.identity import Role, SpiffeId
+from cloister.runtime.config import DIRECTORY, ConfigModel, GuestSection, ServiceSection
+from cloister_keybroker.sealrecord import Source
 
 STORE_FILE: Final = "keybroker.sqlite"  # in service.state_dir
 
 
-class KeybrokerSection(ConfigModel):
-    """[keybroker]: the embedded store's root key, by path; made once by `python -m cloister_keybroker init`."""
+@dataclass(frozen=True, slots=True)
+class RootKeyPlace:
+    """Where the root key comes from; `file` is set for Source.FILE only."""
 
-    root_key_file: Path
+    source: Source
+    file: Path = Path()
+
+
+def _root_key_place(value: Any, info: ValidationInfo) -> RootKeyPlace:
+    source, _, path = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if source == Source.FILE and path:
+        directory = (info.context or {}).get(DIRECTORY, Path())
+        return RootKeyPlace(Source.FILE, (directory / path).resolve())
+    if source in (Source.SHARES, Source.PASSPHRASE) and value == source:
+        return RootKeyPlace(Source(source))
+    raise ValueError('wanted "file:PATH", "shares" or "passphrase"')
+
+
+class KeybrokerSection(ConfigModel):
+    """[keybroker]: where the root key comes from, and who may unseal, back up and migrate the store."""
+
+    root_key: Annotated[RootKeyPlace, BeforeValidator(_root_key_place)]
+    # SPIFFE ids of users. None: the root key is a file and nobody may do any of it.
+    operators: tuple[str, ...] = ()
+
+    @field_validator("operators")
+    @classmethod
+    def _users(cls, operators: tuple[str, ...]) -> tuple[str, ...]:
+        for operator in operators:
+            try:
+                role = SpiffeId.parse(operator).role
+            except CloisterError as error:
+                raise ValueError(error.what) from None
+            if role is not Role.USER:
+                raise ValueError(f"{operator} is not a user")
+        return operators
 
 
 class Config(ConfigModel):

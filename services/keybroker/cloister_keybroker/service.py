@@ -79,8 +79,8 @@ class KeyOwnerServicer(rpc.KeyOwnerServiceServicer):
         size = _page(request.page_size, _KEYS_PAGE, "page_size")
         # One more than asked for says whether there is a next page.
         found = await self._desk.list(_owner(), after=after, limit=size + 1)
-        token = str(found[size - 1].uri) if len(found) > size else ""
-        return pb.ListKeysResponse(keys=[_key(record) for record in found[:size]], next_page_token=token)
+        token = str(found[size - 1].record.uri) if len(found) > size else ""
+        return pb.ListKeysResponse(keys=[_key(listed.record) for listed in found[:size]], next_page_token=token)
 
     async def EnableKey(self, request: pb.EnableKeyRequest, _context: Any) -> pb.EnableKeyResponse:  # noqa: N802
         record = await self._desk.set_state(_owner(), KeyUri.parse(request.uri), KeyState.ENABLED)
@@ -156,9 +156,10 @@ class KeyReleaseServicer(rpc.KeyReleaseServiceServicer):
         return pb.ReleaseResponse(
             data_key=_data_key(released.data_key),
             receipt=_receipt(released.data_key.receipt),
-            policy_version=released.policy_version,
+            policy_version=released.terms.policy_version,
             policy_digest=released.data_key.binding.policy_digest,
-            lease_until_unix_ms=released.lease_until_ms,
+            lease_until_unix_ms=released.terms.lease_until_ms,
+            decided_unix_ms=released.terms.decided_ms,
         )
 
 

@@ -14,8 +14,9 @@ from cloister.release.keys import KeyState, Purpose
 from cloister.runtime.server import Mounted
 from cloister.secret import SecretBytes
 from cloister.transparency.entry import LoggedEntry
-from cloister_keybroker.assembly import opened_backend
+from cloister_keybroker.assembly import opened_backends
 from cloister_keybroker.backends import KeyBackend, KeyRef
+from cloister_keybroker.backends.factory import Backends
 from cloister_keybroker.config import RootKeyPlace
 from cloister_keybroker.gate import Gate
 from cloister_keybroker.keys import KeyRecord, KeyVersion
@@ -87,7 +88,7 @@ class _Answering:
 
 
 @asynccontextmanager
-async def _behind(store: KeyStore, backend: KeyBackend) -> AsyncIterator[Sequence[Mounted]]:
+async def _behind(store: KeyStore, backends: Backends) -> AsyncIterator[Sequence[Mounted]]:
     yield [Mounted(KEYS, lambda *_: None, _Answering())]
 
 
@@ -96,7 +97,7 @@ async def a_vault(directory: Path, source: Source = Source.SHARES) -> AsyncItera
     """Give a vault over the store in `directory`; opening it again is a restart of the broker."""
     place = RootKeyPlace(source, directory / "root.key" if source is Source.FILE else Path())
     clock, gate = MonotonicClock(), Gate()
-    vault = await Vault.open(directory / "store.sqlite", place, opened_backend, clock_s=clock)
+    vault = await Vault.open(directory / "store.sqlite", place, opened_backends, clock_s=clock)
     made = AVault(vault, gate, clock)
 
     async def tell(unsealed: bool) -> None:

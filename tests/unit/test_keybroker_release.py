@@ -30,7 +30,7 @@ NONCE = b"\x0b" * 32
 HPKE_KEY = b"\x77" * 1216
 BACKEND = SpiffeId.of_backend(TRUST_DOMAIN, tenant=TENANT, model="reviews", backend="b-0")
 PEER = Peer(RANK, bytes(range(32)), "TLSv1.3", "X25519MLKEM768")
-REQUEST = Request(KEY, 1, Purpose.TRAIN, NONCE, KEM_MLKEM768_X25519, HPKE_KEY)
+REQUEST = Request(KEY, 1, Purpose.TRAIN, NONCE, KEM_MLKEM768_X25519, sha384(HPKE_KEY))
 COUNTERS = Counters("", 0)
 SCRIPT = {"script": [digest_text(b"\x23" * 48)]}
 
@@ -145,7 +145,7 @@ def test_the_order_is_the_protocols() -> None:
         ("channel", {"peer": dataclasses.replace(PEER, tls_version="TLSv1.2")}),
         ("token", {"ear": TokenRejected("exp", "expired")}),
         ("token.certificate", {"peer": dataclasses.replace(PEER, certificate_sha256=bytes(32))}),
-        ("token.hpke_key", {"request": dataclasses.replace(REQUEST, hpke_public_key=b"\x78" * 1216)}),
+        ("token.hpke_key", {"request": dataclasses.replace(REQUEST, hpke_key_digest=sha384(b"another"))}),
         ("token.status", {"ear": dataclasses.replace(an_ear(), status="warning"), "policy": a_policy(workload=SCRIPT)}),
         ("nonce", {"counters": Counters("a nonce that has expired", 0)}),
         ("policy.key.uri", {"request": dataclasses.replace(REQUEST, key=OTHER_KEY)}),

@@ -82,12 +82,12 @@ async def test_a_new_store_is_sealed_until_its_shares_were_handed_in(tmp_path: P
 async def test_a_restarted_broker_is_sealed_and_opens_with_any_shares(tmp_path: Path) -> None:
     async with a_vault(tmp_path) as vault:
         new = await unsealed(vault)
-        wrapped = await put_key(vault.vault.opened.store, vault.vault.opened.backend)
+        wrapped = await put_key(vault.vault.opened.store, vault.vault.opened.backends)
     async with a_vault(tmp_path) as vault:
         assert (vault.state, await vault.answers()) == (State.SEALED, False)
         await vault.hand_in(*new.shares[1:])
         opened = vault.vault.opened
-        assert len(await opens(opened.store, opened.backend, wrapped)) == 32
+        assert len(await opens(opened.store, opened.backends, wrapped)) == 32
 
 
 async def test_sealing_shuts_the_gate_and_what_was_open_is_of_no_use(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ async def unsealed_by_passphrase(vault: AVault) -> NewRoot:
 async def test_a_damaged_store_stays_sealed_and_says_so(tmp_path: Path) -> None:
     async with a_vault(tmp_path) as vault:
         new = await unsealed(vault)
-        await put_key(vault.vault.opened.store, vault.vault.opened.backend)
+        await put_key(vault.vault.opened.store, vault.vault.opened.backends)
     connection = sqlite3.connect(tmp_path / "store.sqlite")
     connection.execute("UPDATE keys SET owner = 'spiffe://cloister.test/ns/ops/user/eve'")
     connection.commit()
@@ -172,8 +172,8 @@ async def test_another_root_key_takes_effect_when_its_shares_were_handed_in(tmp_
     async with a_vault(tmp_path) as vault:
         old = await unsealed(vault)
         opened = vault.vault.opened
-        wrapped = await put_key(opened.store, opened.backend)
-        secret = await opens(opened.store, opened.backend, wrapped)
+        wrapped = await put_key(opened.store, opened.backends)
+        secret = await opens(opened.store, opened.backends, wrapped)
         new = new_root_from_shares(threshold=3, count=4)
         await vault.vault.begin_rekey(new)
         assert await refused(vault, old.shares[0]) is Code.SHARE_INVALID
@@ -184,7 +184,7 @@ async def test_another_root_key_takes_effect_when_its_shares_were_handed_in(tmp_
         assert vault.vault.opened is opened
         await vault.hand_in(new.shares[3], by=GRACE)
         assert (vault.state, await vault.answers(), vault.told[-2:]) == (State.UNSEALED, True, [False, True])
-        assert await opens(vault.vault.opened.store, vault.vault.opened.backend, wrapped) == secret
+        assert await opens(vault.vault.opened.store, vault.vault.opened.backends, wrapped) == secret
         with pytest.raises(CloisterError):  # whoever still holds the store of before
             await opened.store.read(lambda transaction: transaction.key(URI))
         entry = (await vault.log())[0].entry
@@ -198,7 +198,7 @@ async def test_another_root_key_takes_effect_when_its_shares_were_handed_in(tmp_
     async with a_vault(tmp_path) as vault:
         assert await refused(vault, old.shares[0]) is Code.SHARE_INVALID
         await vault.hand_in(*new.shares[1:])
-        assert await opens(vault.vault.opened.store, vault.vault.opened.backend, wrapped) == secret
+        assert await opens(vault.vault.opened.store, vault.vault.opened.backends, wrapped) == secret
 
 
 async def test_a_root_key_that_was_not_handed_back_never_takes_effect(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ async def test_a_damaged_row_is_not_authenticated_anew_and_the_old_root_key_stay
     async with a_vault(tmp_path) as vault:
         old = await unsealed(vault)
         opened = vault.vault.opened
-        wrapped = await put_key(opened.store, opened.backend)
+        wrapped = await put_key(opened.store, opened.backends)
         database = vault.vault._database
         assert database is not None
         await database.write(lambda c: c.execute("UPDATE policies SET yaml = x'00'").fetchall())
@@ -236,7 +236,7 @@ async def test_a_damaged_row_is_not_authenticated_anew_and_the_old_root_key_stay
         await vault.hand_in(new.shares[0])
         assert await refused(vault, new.shares[1]) is Code.STORE_DAMAGED
         assert (vault.state, await vault.answers()) == (State.UNSEALED, True)
-        assert len(await opens(vault.vault.opened.store, vault.vault.opened.backend, wrapped)) == 32
+        assert len(await opens(vault.vault.opened.store, vault.vault.opened.backends, wrapped)) == 32
     async with a_vault(tmp_path) as vault:
         await vault.hand_in(*old.shares[:2])
 
@@ -245,9 +245,9 @@ async def test_a_handle_that_changed_after_it_was_made_again_undoes_the_replacem
     async with a_vault(tmp_path) as vault:
         await unsealed(vault)
         opened = vault.vault.opened
-        await put_key(opened.store, opened.backend)
+        await put_key(opened.store, opened.backends)
         new = new_root_from_shares(threshold=2, count=2)
-        handles = await rekey.remade_handles(opened.store, opened.backend, new.root_key, {})
+        handles = await rekey.remade_handles(opened.store, opened.backends, new.root_key, {})
         changed = KeyVersion(1, b"another", "embedded", 1)
         await opened.store.write(lambda transaction: transaction.put_version(URI, changed))
         database = vault.vault._database
@@ -273,18 +273,18 @@ async def test_handles_that_did_not_change_are_made_again_once_only(tmp_path: Pa
     async with a_vault(tmp_path) as vault:
         await unsealed(vault)
         opened = vault.vault.opened
-        await put_key(opened.store, opened.backend)
+        await put_key(opened.store, opened.backends)
         root_key = new_root_from_shares(threshold=2, count=2).root_key
-        first = await rekey.remade_handles(opened.store, opened.backend, root_key, {})
+        first = await rekey.remade_handles(opened.store, opened.backends, root_key, {})
         assert len(first) == 2
-        assert await rekey.remade_handles(opened.store, opened.backend, root_key, first) == first
+        assert await rekey.remade_handles(opened.store, opened.backends, root_key, first) == first
 
 
 async def test_a_disabled_key_stays_disabled_under_another_root_key(tmp_path: Path) -> None:
     async with a_vault(tmp_path) as vault:
         await unsealed(vault)
         opened = vault.vault.opened
-        wrapped = await put_key(opened.store, opened.backend, state=KeyState.DISABLED)
+        wrapped = await put_key(opened.store, opened.backends, state=KeyState.DISABLED)
         new = new_root_from_shares(threshold=2, count=2)
         await vault.vault.begin_rekey(new)
         await vault.hand_in(*new.shares)
@@ -292,7 +292,7 @@ async def test_a_disabled_key_stays_disabled_under_another_root_key(tmp_path: Pa
         stored = await opened.store.read(lambda transaction: transaction.key(URI))
         assert stored is not None
         assert stored.record.state is KeyState.DISABLED
-        assert len(await opens(opened.store, opened.backend, wrapped)) == 32
+        assert len(await opens(opened.store, opened.backends, wrapped)) == 32
 
 
 # A root key in a file.
@@ -323,12 +323,12 @@ async def test_a_root_key_file_is_replaced_with_the_store(tmp_path: Path) -> Non
     old = (tmp_path / "root.key").read_bytes()
     async with a_vault(tmp_path, Source.FILE) as vault:
         opened = vault.vault.opened
-        wrapped = await put_key(opened.store, opened.backend)
+        wrapped = await put_key(opened.store, opened.backends)
         await vault.vault.rekey_file(operator())
         assert (tmp_path / "root.key").read_bytes() != old
     assert sorted(path.name for path in tmp_path.iterdir()) == ["root.key", "store.sqlite"]
     async with a_vault(tmp_path, Source.FILE) as vault:
-        assert len(await opens(vault.vault.opened.store, vault.vault.opened.backend, wrapped)) == 32
+        assert len(await opens(vault.vault.opened.store, vault.vault.opened.backends, wrapped)) == 32
     (tmp_path / "root.key").write_bytes(old)
     with pytest.raises(CloisterError, match="under another root key"):
         async with a_vault(tmp_path, Source.FILE):

@@ -27,7 +27,7 @@ from cloister.runtime.logging import configure
 from cloister.runtime.main import run_service
 from cloister.runtime.metrics import RpcMetrics
 from cloister.runtime.server import GrpcServer
-from cloister_keybroker.assembly import assembled, opened_backend
+from cloister_keybroker.assembly import assembled, opened_backends
 from cloister_keybroker.brokerservice import CALLERS as OPERATOR_CALLERS
 from cloister_keybroker.brokerservice import mounted_operations
 from cloister_keybroker.config import STORE_FILE, Config
@@ -52,7 +52,7 @@ async def serve(config_path: Path, stop: asyncio.Event) -> None:
             why=str(error),
             todo="reinstall the `cryptography` package",
         ) from None
-    vault = await Vault.open(config.service.state_dir / STORE_FILE, config.keybroker.root_key, opened_backend)
+    vault = await Vault.open(config.service.state_dir / STORE_FILE, config.keybroker.root_key, opened_backends)
     try:
         identity = await enrol_service(
             config.guest,

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import aclosing
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from cloister import hpke
@@ -15,11 +17,15 @@ from cloister.guest.enrol import Identity
 from cloister.hpke import KEM_MLKEM768_X25519, HpkeError
 from cloister.identity import Role
 from cloister.protocol import share_info, unseal_info
+from cloister.release.blocks import Block
 from cloister.runtime.guard import CallerTable
 from cloister.runtime.server import Mounted
 from cloister.secret import SecretBytes
+from cloister.transparency.entry import Entry
 from cloister_keybroker.answers import argument_error
+from cloister_keybroker.backup import backup
 from cloister_keybroker.gate import BROKER_SERVICE
+from cloister_keybroker.moving import migrate
 from cloister_keybroker.operators import Operator, current_operator
 from cloister_keybroker.sealrecord import Source
 from cloister_keybroker.unsealing import NewRoot, new_root_from_passphrase, new_root_from_shares
@@ -34,10 +40,15 @@ CALLERS: Final[CallerTable] = {
         "Unseal",
         "Seal",
         "Rekey",
+        "Backup",
+        "MigrateKeys",
+        "GetBackendStatus",
     )
 }
 MAX_SEALED: Final = 4096  # bytes of a sealed share or passphrase: HPKE adds 1,136
 
+_MIGRATED: Final = 100  # key versions of one call
+_MAX_MIGRATED: Final = 1000  # each may take two calls of a store far away, and a call has ten minutes
 _WIRE_STATES: Final = {
     State.UNINITIALIZED: pb.SEAL_STATE_UNINITIALIZED,
     State.SEALED: pb.SEAL_STATE_SEALED,
@@ -89,6 +100,54 @@ class BrokerServicer(rpc.BrokerServiceServicer):
         sealed = self._sealed_shares(new, request.holder_public_keys)
         await self._vault.begin_rekey(new)
         return pb.RekeyResponse(sealed_shares=sealed)
+
+    async def Backup(  # noqa: N802
+        self, _request: pb.BackupRequest, _context: Any
+    ) -> AsyncIterator[pb.BackupResponse]:
+        """Stream a backup; that there was one stands in the log before it, and so in the backup itself."""
+        operator, opened = self._operator(), self._vault.opened
+        await self._log(operator.entry("backup"))
+        chunks = backup(opened.database, opened.root_key, broker_id=self._broker_id, created_ms=_now_ms())
+        async with aclosing(chunks):  # also when the caller goes away: others wait for their turn
+            async for chunk in chunks:
+                yield pb.BackupResponse(chunk=chunk)
+
+    async def MigrateKeys(  # noqa: N802
+        self, request: pb.MigrateKeysRequest, _context: Any
+    ) -> pb.MigrateKeysResponse:
+        operator, opened = self._operator(), self._vault.opened
+        limit = request.limit or _MIGRATED
+        if limit > _MAX_MIGRATED:
+            raise argument_error("limit", f"{limit}", f"at most {_MAX_MIGRATED}")
+        done = await migrate(opened.store, opened.backends, limit=limit)
+        if done.moved:
+            await self._log(operator.entry("migrate", [Block("moved", True, opened.backends.name, str(done.moved))]))
+        elif done.problem is not None:
+            raise done.problem
+        return pb.MigrateKeysResponse(migrated=done.moved, left=done.left)
+
+    async def GetBackendStatus(  # noqa: N802
+        self, _request: pb.GetBackendStatusRequest, _context: Any
+    ) -> pb.GetBackendStatusResponse:
+        """Look at every back end now, and say what is wrong with the first that is not well."""
+        self._operator()
+        opened = self._vault.opened
+        problem = ""
+        try:
+            await opened.backends.check()
+        except CloisterError as error:
+            problem = str(error)
+        counts = await opened.store.read(lambda transaction: transaction.versions_by_backend())
+        return pb.GetBackendStatusResponse(
+            name=opened.backends.name,
+            healthy=not problem,
+            problem=problem,
+            capabilities=sorted(opened.backends.capabilities),
+            versions=[f"{name}: {count}" for name, count in sorted(counts.items())],
+        )
+
+    async def _log(self, entry: Entry) -> None:
+        await self._vault.opened.store.write(lambda transaction: transaction.append(entry, time_ms=_now_ms()))
 
     def _operator(self) -> Operator:
         return current_operator(self._operators)
@@ -155,3 +214,7 @@ def mounted_operations(vault: Vault, *, identity: Identity, operators: Collectio
     """Return BrokerService, ready for GrpcServer with CALLERS."""
     servicer = BrokerServicer(vault, identity, operators)
     return Mounted(BROKER_SERVICE, rpc.add_BrokerServiceServicer_to_server, servicer)
+
+
+def _now_ms() -> int:
+    return int(datetime.now(UTC).timestamp() * 1000)

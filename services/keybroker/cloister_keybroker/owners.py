@@ -19,6 +19,7 @@ from cloister.keyuri import KeyUri
 from cloister.policyblocks import digest_text
 from cloister.protocol import ReleaseBinding
 from cloister.release.blocks import Block
+from cloister.release.cases import check_cases
 from cloister.release.keys import KeyState, Purpose
 from cloister.release.policy import ReleasePolicy, parse_policy
 from cloister.tlv import sha384
@@ -91,6 +92,7 @@ class OwnerDesk:
         )
         if policy_yaml:
             policy = _policy_for(record, policy_yaml)
+            check_cases(policy, self._clock())
             _check_successor(record, policy)
             record = replace(record, policy_version=policy.version, policy_digest=policy.digest)
         handle = await self._backend.create(KeyRef.of(record, 1))
@@ -156,6 +158,7 @@ class OwnerDesk:
         async with self._changing:
             stored = await self._owned(owner, uri, "put-policy")
             policy = _policy_for(stored.record, policy_yaml)
+            check_cases(policy, self._clock())
             try:
                 _check_successor(stored.record, policy)
             except CloisterError as error:

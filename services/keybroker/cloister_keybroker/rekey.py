@@ -17,7 +17,7 @@ import apsw
 from cloister.errors import CloisterError, Code
 from cloister.keyuri import KeyUri
 from cloister.transparency.entry import Entry
-from cloister_keybroker import log, mark
+from cloister_keybroker import log, logkey, mark
 from cloister_keybroker.backends import KeyBackend, KeyRef
 from cloister_keybroker.keys import KeyRecord, KeyVersion
 from cloister_keybroker.rootkey import RootKey
@@ -77,7 +77,8 @@ def replace(
             after.put_version(key.uri, replaced(version, handle=becomes))
     for uri, number, policy in before.all_policies():
         after.put_policy(uri, number, policy)
-    log.rekey(connection, old, new)
+    log.DecisionLog(connection, old).rekey(new)
+    logkey.rekey(connection, old, new)
     mark.write(connection, new, record)
     after.append(entry, time_ms=time_ms)
 

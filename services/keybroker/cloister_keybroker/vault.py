@@ -29,7 +29,7 @@ from cloister.runtime.server import Mounted
 from cloister.secret import SecretBytes
 from cloister.transparency.entry import Entry
 from cloister_keybroker import mark, rekey
-from cloister_keybroker.backends import KeyBackend
+from cloister_keybroker.backends.factory import Backends
 from cloister_keybroker.config import RootKeyPlace
 from cloister_keybroker.gate import Gate
 from cloister_keybroker.operators import Operator
@@ -39,8 +39,8 @@ from cloister_keybroker.store import KeyStore
 from cloister_keybroker.unsealing import NewRoot, Unsealing
 
 OnChange: TypeAlias = Callable[[bool], Awaitable[None]]
-OpenBackend: TypeAlias = Callable[[RootKey], AbstractAsyncContextManager[KeyBackend]]
-Assemble: TypeAlias = Callable[[KeyStore, KeyBackend], AbstractAsyncContextManager[Sequence[Mounted]]]
+OpenBackends: TypeAlias = Callable[[RootKey], AbstractAsyncContextManager[Backends]]
+Assemble: TypeAlias = Callable[[KeyStore, Backends], AbstractAsyncContextManager[Sequence[Mounted]]]
 
 _WAITING: Final = "the broker is sealed: its root key was not given to it since it started"
 _NO_STORE: Final = "the broker has no store yet"
@@ -72,19 +72,20 @@ class Opened:
 
     store: KeyStore
     root_key: RootKey
-    backend: KeyBackend
+    database: Database
+    backends: Backends
 
 
 class Vault:
     """The store of one broker. Belongs to one event loop."""
 
     def __init__(
-        self, path: Path, place: RootKeyPlace, open_backend: OpenBackend, *, clock_s: Callable[[], float]
+        self, path: Path, place: RootKeyPlace, open_backends: OpenBackends, *, clock_s: Callable[[], float]
     ) -> None:
         """Use `open`."""
         self.path = path
         self._place = place
-        self._open_backend = open_backend
+        self._open_backends = open_backends
         self._clock_s = clock_s
         self._lock = asyncio.Lock()  # operators act one after the other
         self._database: Database | None = None
@@ -103,7 +104,7 @@ class Vault:
         cls,
         path: Path,
         place: RootKeyPlace,
-        open_backend: OpenBackend,
+        open_backends: OpenBackends,
         *,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> Vault:
@@ -111,7 +112,7 @@ class Vault:
 
         Raises CloisterError: no store, another root key, a damaged store, a configuration that is not the store's.
         """
-        vault = cls(path, place, open_backend, clock_s=clock_s)
+        vault = cls(path, place, open_backends, clock_s=clock_s)
         try:
             if place.source is Source.FILE:
                 read_root_key(place.file)  # what is wrong with it is said before anything about the store
@@ -278,10 +279,10 @@ class Vault:
         if self._database is None:
             raise RuntimeError("there is no store")
         store = await KeyStore.unsealed(self._database, root_key)
-        backend = await self._backends.enter_async_context(self._open_backend(root_key))
+        backends = await self._backends.enter_async_context(self._open_backends(root_key))
         if entry is not None:
             await store.write(lambda transaction: transaction.append(entry, time_ms=_now_ms()))
-        self._opened = Opened(store, root_key, backend)
+        self._opened = Opened(store, root_key, self._database, backends)
 
     async def _forget(self) -> None:
         if self._opened is not None:
@@ -295,10 +296,10 @@ class Vault:
         if self._database is None:
             raise RuntimeError("there is no store")
         # The long part, which may ask other stores, while the gate is open; what changes meanwhile is made again.
-        handles = await rekey.remade_handles(old.store, old.backend, new.root_key, {})
+        handles = await rekey.remade_handles(old.store, old.backends, new.root_key, {})
         await self._shut_gate(_REKEYING)
         try:
-            handles = await rekey.remade_handles(old.store, old.backend, new.root_key, handles)
+            handles = await rekey.remade_handles(old.store, old.backends, new.root_key, handles)
             old.store.retire()
             await self._database.write(
                 lambda connection: rekey.replace(
@@ -327,7 +328,7 @@ class Vault:
     async def _open_gate(self, opened: Opened) -> None:
         if self._assemble is None or self._on_change is None:
             raise RuntimeError("no gate is attached")
-        self._gate.open(await self._behind.enter_async_context(self._assemble(opened.store, opened.backend)))
+        self._gate.open(await self._behind.enter_async_context(self._assemble(opened.store, opened.backends)))
         await self._on_change(True)
 
     async def _shut_gate(self, why: str) -> None:

@@ -172,7 +172,12 @@ class ReleaseDesk:
         record, policy = stored.record, _policy_of(stored)
         version = asked.key_version or (0 if asked.wrapped else record.newest)
         request = release.Request(
-            asked.key, version, asked.purpose, asked.broker_nonce, asked.recipient.kem_id, asked.recipient.public_key
+            key=asked.key,
+            key_version=version,
+            purpose=asked.purpose,
+            broker_nonce=asked.broker_nonce,
+            hpke_kem_id=asked.recipient.kem_id,
+            hpke_key_digest=sha384(asked.recipient.public_key),
         )
 
         def decide(released_to_job: int) -> Decision:

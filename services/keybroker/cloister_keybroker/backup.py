@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -79,7 +79,7 @@ class Trailer:
         )
 
 
-async def backup(database: Database, root_key: RootKey, *, broker_id: str, created_ms: int) -> AsyncIterator[bytes]:
+async def backup(database: Database, root_key: RootKey, *, broker_id: str, created_ms: int) -> AsyncGenerator[bytes]:
     """Yield a backup in chunks of at most 1 MiB, while the broker goes on; durable work before this is in it."""
 
     def look(connection: apsw.Connection) -> tuple[int, bytes]:

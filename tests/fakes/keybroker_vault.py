@@ -14,13 +14,14 @@ from cloister.release.keys import KeyState, Purpose
 from cloister.runtime.server import Mounted
 from cloister.secret import SecretBytes
 from cloister.transparency.entry import LoggedEntry
-from cloister_keybroker.assembly import opened_backends
 from cloister_keybroker.backends import KeyBackend, KeyRef
+from cloister_keybroker.backends.embedded import EmbeddedBackend
 from cloister_keybroker.backends.factory import Backends
 from cloister_keybroker.config import RootKeyPlace
 from cloister_keybroker.gate import Gate
 from cloister_keybroker.keys import KeyRecord, KeyVersion
 from cloister_keybroker.operators import Operator
+from cloister_keybroker.rootkey import RootKey
 from cloister_keybroker.sealrecord import Source
 from cloister_keybroker.store import KeyStore
 from cloister_keybroker.transaction import StoredPolicy, Transaction
@@ -88,6 +89,11 @@ class _Answering:
 
 
 @asynccontextmanager
+async def _embedded(root_key: RootKey) -> AsyncIterator[Backends]:
+    yield Backends([EmbeddedBackend(root_key)])
+
+
+@asynccontextmanager
 async def _behind(store: KeyStore, backends: Backends) -> AsyncIterator[Sequence[Mounted]]:
     yield [Mounted(KEYS, lambda *_: None, _Answering())]
 
@@ -97,7 +103,7 @@ async def a_vault(directory: Path, source: Source = Source.SHARES) -> AsyncItera
     """Give a vault over the store in `directory`; opening it again is a restart of the broker."""
     place = RootKeyPlace(source, directory / "root.key" if source is Source.FILE else Path())
     clock, gate = MonotonicClock(), Gate()
-    vault = await Vault.open(directory / "store.sqlite", place, opened_backends, clock_s=clock)
+    vault = await Vault.open(directory / "store.sqlite", place, _embedded, clock_s=clock)
     made = AVault(vault, gate, clock)
 
     async def tell(unsealed: bool) -> None:

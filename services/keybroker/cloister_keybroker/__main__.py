@@ -52,7 +52,8 @@ async def serve(config_path: Path, stop: asyncio.Event) -> None:
             why=str(error),
             todo="reinstall the `cryptography` package",
         ) from None
-    vault = await Vault.open(config.service.state_dir / STORE_FILE, config.keybroker.root_key, opened_backends)
+    path = config.service.state_dir / STORE_FILE
+    vault = await Vault.open(path, config.keybroker.root_key, partial(opened_backends, config=config))
     try:
         identity = await enrol_service(
             config.guest,

@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from cloister.guest.enrol import Identity
 from cloister.runtime.server import Mounted
 from cloister_keybroker.answers import ReceiptSigner
-from cloister_keybroker.backends.embedded import EmbeddedBackend
-from cloister_keybroker.backends.factory import Backends
+from cloister_keybroker.backends.factory import Backends, open_backends
+from cloister_keybroker.config import Config
 from cloister_keybroker.owners import OwnerDesk
 from cloister_keybroker.rootkey import RootKey
 from cloister_keybroker.service import mounted
@@ -20,9 +20,11 @@ from cloister_keybroker.workloads import ReleaseDesk
 
 
 @asynccontextmanager
-async def opened_backends(root_key: RootKey) -> AsyncIterator[Backends]:
+async def opened_backends(root_key: RootKey, *, config: Config) -> AsyncIterator[Backends]:
     """Give the back ends of the configuration; they are closed when the root key is forgotten."""
-    backends = Backends([EmbeddedBackend(root_key)])
+    section = config.keybroker
+    state_dir = config.service.state_dir
+    backends = await open_backends(section.backend, section.former_backends, root_key, state_dir=state_dir, clock=_now)
     try:
         yield backends
     finally:

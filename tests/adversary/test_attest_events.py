@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a policy wants of an event log, and of RTMR3, decides an enrolment: a TD that booted something else gets none."""
+"""What a policy wants of an event log, and of RTMR3, decides an enrolment; who booted something else gets none."""
 
 from __future__ import annotations
 

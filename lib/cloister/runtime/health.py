@@ -20,13 +20,29 @@ class HealthState:
         # The servicer begins as serving; a process does not.
         self.servicer._server_status[""] = health_pb2.HealthCheckResponse.NOT_SERVING
         self._names: set[str] = {""}
+        self._serving = False
+        self._unable: set[str] = set()
 
     async def set_serving(self, serving: bool, names: Iterable[str] = ()) -> None:
         """Set the state of the process and of all services known so far, and of `names` from now on."""
         self._names.update(names)
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        self._serving = serving
         for name in sorted(self._names):
-            await self.servicer.set(name, status)
+            await self._publish(name)
+
+    async def set_able(self, name: str, able: bool) -> None:
+        """Say of one service that it cannot do its work now, though the process serves; or that it can again."""
+        if able:
+            self._unable.discard(name)
+        else:
+            self._unable.add(name)
+        if name in self._names:
+            await self._publish(name)
+
+    async def _publish(self, name: str) -> None:
+        serving = self._serving and name not in self._unable
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self.servicer.set(name, status)
 
     async def shut_down(self) -> None:
         """Say not serving, for good: load balancers send no more, while calls in flight end."""

@@ -39,6 +39,8 @@ from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient
 from cloister_keybroker.backends.embedded import EmbeddedBackend
 from cloister_keybroker.logkey import LogKey
+from cloister_keybroker.logservice import CALLERS as LOG_CALLERS
+from cloister_keybroker.logservice import mounted_log
 from cloister_keybroker.nonces import NonceBook
 from cloister_keybroker.owners import Owner, OwnerDesk
 from cloister_keybroker.rootkey import create_root_key, read_root_key
@@ -272,8 +274,8 @@ async def a_served_broker(directory: Path) -> AsyncIterator[tuple[Broker, str]]:
         server = GrpcServer(
             section="127.0.0.1:0",
             credentials=broker.ca.credentials(Role.KEYBROKER),
-            services=mounted(broker.owners, broker.releases, broker.store),
-            callers=CALLERS,
+            services=[*mounted(broker.owners, broker.releases), *mounted_log(broker.store, broker.log_key)],
+            callers={**CALLERS, **LOG_CALLERS},
         )
         await server.start()
         try:

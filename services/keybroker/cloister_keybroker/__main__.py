@@ -30,6 +30,7 @@ from cloister.runtime.server import GrpcServer
 from cloister_keybroker.assembly import assembled
 from cloister_keybroker.config import STORE_FILE, Config
 from cloister_keybroker.gate import Gate
+from cloister_keybroker.logservice import CALLERS as LOG_CALLERS
 from cloister_keybroker.rootkey import RootKey, create_root_key, read_root_key
 from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.service import CALLERS
@@ -65,7 +66,7 @@ async def serve(config_path: Path, stop: asyncio.Event) -> None:
                 section=config.service,
                 credentials=identity,
                 services=[*gate.mounted(), mounted_evidence(identity)],
-                callers={**CALLERS, **EVIDENCE_CALLERS},
+                callers={**CALLERS, **LOG_CALLERS, **EVIDENCE_CALLERS},
                 health=health,
                 metrics=metrics,
             )

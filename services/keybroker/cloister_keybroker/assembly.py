@@ -11,6 +11,7 @@ from cloister.guest.enrol import Identity
 from cloister.runtime.server import Mounted
 from cloister_keybroker.answers import ReceiptSigner
 from cloister_keybroker.backends.embedded import EmbeddedBackend
+from cloister_keybroker.logservice import mounted_log
 from cloister_keybroker.owners import OwnerDesk
 from cloister_keybroker.rootkey import RootKey
 from cloister_keybroker.service import mounted
@@ -38,7 +39,7 @@ async def assembled(store: KeyStore, root_key: RootKey, *, identity: Identity) -
         broker_id=identity.spiffe_id,
         clock=_now,
     )
-    yield mounted(owners, releases, store)
+    yield [*mounted(owners, releases), *mounted_log(store, log_key)]
 
 
 def _now() -> datetime:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import load_der_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
 from cloister.ear import Ear, issue
 from cloister.errors import CloisterError
@@ -212,6 +212,11 @@ class Broker:
             receipt_key,
             log_key,
         )
+
+    @property
+    def receipt_spki(self) -> bytes:
+        """The receipt key as the broker's evidence would name it."""
+        return self.receipt_key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
     def sign(self, ear: Ear) -> str:
         return issue(ear, key=self.ca.token_key, key_id=self.ca.token_key_id)

@@ -96,6 +96,7 @@ class KeyStore:
     def __init__(self, database: Database, root_key: RootKey) -> None:
         self._database = database
         self._root_key = root_key
+        self._retired = False
         self._registries: OrderedDict[bytes, Registry] = OrderedDict()  # used on the database's thread only
         self._next_write: asyncio.Event | None = None
 
@@ -172,6 +173,10 @@ class KeyStore:
             self._next_write = asyncio.Event()
         return self._next_write
 
+    def retire(self) -> None:
+        """Do nothing more: the root key is to be forgotten or replaced. What still holds this store gets an error."""
+        self._retired = True
+
     async def begin_life(self, receipt: Ed25519PrivateKey, broker_id: SpiffeId, *, time_ms: int) -> LogKey:
         """Log that a broker with this receipt key goes on with the log; return the log's own key."""
 
@@ -192,6 +197,13 @@ class KeyStore:
         self._database.close()
 
     def _transaction(self, connection: apsw.Connection) -> Transaction:
+        if self._retired:  # looked at on the database's thread: no work that waited there gets past it
+            raise CloisterError(
+                Code.BROKER_SEALED,
+                what="the key broker was sealed meanwhile",
+                why="its root key was forgotten or replaced",
+                todo="try again when it is unsealed",
+            )
         return Transaction(connection, self._root_key, self._registries)
 
     def _verify(self, connection: apsw.Connection) -> None:

@@ -135,7 +135,7 @@ class KeyReleaseServicer(rpc.KeyReleaseServiceServicer):
     async def Release(self, request: pb.ReleaseRequest, _context: Any) -> pb.ReleaseResponse:  # noqa: N802
         wanted = request.WhichOneof("data_key")
         if wanted is None or (wanted == "wrapped") != bool(request.wrapped):
-            raise argument_error("data_key", "neither a wrapped data key nor generate", "the one or the other")
+            raise argument_error("data_key", "no wrapped data key, generate or renew", "one of them")
         released = await self._desk.release(
             _workload(),
             Asked(
@@ -146,6 +146,7 @@ class KeyReleaseServicer(rpc.KeyReleaseServiceServicer):
                 broker_nonce=request.broker_nonce,
                 recipient=Recipient(request.client_nonce, request.hpke_kem_id, request.hpke_public_key),
                 wrapped=request.wrapped,
+                renewal=wanted == "renew",
             ),
         )
         return pb.ReleaseResponse(

@@ -33,6 +33,7 @@ from cloister_keybroker.brokerservice import CALLERS as OPERATOR_CALLERS
 from cloister_keybroker.brokerservice import mounted_operations
 from cloister_keybroker.config import STORE_FILE, Config
 from cloister_keybroker.gate import BROKER_SERVICE, Gate
+from cloister_keybroker.logservice import CALLERS as LOG_CALLERS
 from cloister_keybroker.rootkey import RootKey, create_root_key, read_root_key
 from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.service import CALLERS, RELEASE_SERVICE
@@ -70,7 +71,7 @@ async def serve(config_path: Path, stop: asyncio.Event) -> None:
                 section=config.service,
                 credentials=identity,
                 services=[*gate.mounted(), operations, mounted_evidence(identity)],
-                callers={**CALLERS, **OPERATOR_CALLERS, **EVIDENCE_CALLERS},
+                callers={**CALLERS, **LOG_CALLERS, **OPERATOR_CALLERS, **EVIDENCE_CALLERS},
                 health=health,
                 metrics=metrics,
             )

@@ -72,7 +72,7 @@ class SealedShare:
     sealed: bytes  # HPKE
 
     def open(self, holder: HpkeKeyPair) -> SecretBytes:
-        """Return the share (33 words); raise CloisterError(SHARE_INVALID) unless it is this holder's, as it was made."""
+        """Return the share (33 words); raise CloisterError(SHARE_INVALID) for another holder's, or an edited one."""
         info = share_info(broker_id=self.broker_id, number=self.number, count=self.count, threshold=self.threshold)
         try:
             return holder.open(self.sealed, info=info)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from cloister.tlv import sha384, tlv
+from cloister.tlv import parse_tlv, sha384, tlv
 
 NONCE_SIZE: Final = 32
 
@@ -70,6 +70,42 @@ class ReleaseBinding:
         """Return what the broker signs: the binding, the lease, the answer's digest and the place in the log."""
         lease = (terms.policy_version, terms.decided_ms, terms.lease_until_ms)
         return tlv("cloister-receipt-v2", *self._fields(), *lease, sha384(sealed), log_id, index, root)
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptClaims:
+    """What a receipt message says, for whoever reads it later."""
+
+    binding: ReleaseBinding
+    terms: LeaseTerms
+    sealed_digest: bytes  # SHA-384 of the answer
+    log_id: bytes  # SHA-384 of the log's key (SubjectPublicKeyInfo, DER)
+    index: int  # of the decision in the log
+    root: bytes  # 32 bytes, of the log that ends with it
+
+    @classmethod
+    def parse(cls, message: bytes) -> ReceiptClaims:
+        """Read what `ReleaseBinding.receipt_message` made; raise ValueError for anything else."""
+        fields = parse_tlv(message, label="cloister-receipt-v2", fields=16)
+        binding = ReleaseBinding(
+            key_uri=fields[0].decode(),
+            key_version=_number(fields[1]),
+            purpose=fields[2].decode(),
+            policy_digest=fields[3],
+            evidence_digest=fields[4],
+            client_nonce=fields[5],
+            broker_nonce=fields[6],
+            broker_id=fields[7].decode(),
+            wrapped_digest=fields[8],
+        )
+        terms = LeaseTerms(*(_number(field) for field in fields[9:12]))
+        return cls(binding, terms, fields[12], fields[13], _number(fields[14]), fields[15])
+
+
+def _number(field: bytes) -> int:
+    if len(field) != 8:
+        raise ValueError("a number has 8 bytes")
+    return int.from_bytes(field, "big")
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,14 +27,16 @@ from cloister.runtime.logging import configure
 from cloister.runtime.main import run_service
 from cloister.runtime.metrics import RpcMetrics
 from cloister.runtime.server import GrpcServer
-from cloister_keybroker.assembly import assembled, opened_backends
+from cloister_keybroker.assembly import Watching, assembled, opened_backends
+from cloister_keybroker.backends.watch import backend_gauge
 from cloister_keybroker.brokerservice import CALLERS as OPERATOR_CALLERS
 from cloister_keybroker.brokerservice import mounted_operations
 from cloister_keybroker.config import STORE_FILE, Config
 from cloister_keybroker.gate import BROKER_SERVICE, Gate
+from cloister_keybroker.logservice import CALLERS as LOG_CALLERS
 from cloister_keybroker.rootkey import RootKey, create_root_key, read_root_key
 from cloister_keybroker.sealrecord import SealRecord
-from cloister_keybroker.service import CALLERS
+from cloister_keybroker.service import CALLERS, RELEASE_SERVICE
 from cloister_keybroker.store import KeyStore
 from cloister_keybroker.vault import State, Vault
 
@@ -69,11 +71,12 @@ async def serve(config_path: Path, stop: asyncio.Event) -> None:
                 section=config.service,
                 credentials=identity,
                 services=[*gate.mounted(), operations, mounted_evidence(identity)],
-                callers={**CALLERS, **OPERATOR_CALLERS, **EVIDENCE_CALLERS},
+                callers={**CALLERS, **LOG_CALLERS, **OPERATOR_CALLERS, **EVIDENCE_CALLERS},
                 health=health,
                 metrics=metrics,
             )
-            await vault.attach(gate, partial(assembled, identity=identity), health.set_serving)
+            watching = Watching(partial(health.set_able, RELEASE_SERVICE), backend_gauge(metrics.registry))
+            await vault.attach(gate, partial(assembled, identity=identity, watching=watching), health.set_serving)
             ready = vault.status().state is State.UNSEALED
             async with serving(config.service, {"grpc": server}, health=health, metrics=metrics, ready=ready):
                 await stop.wait()

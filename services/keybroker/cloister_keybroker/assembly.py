@@ -26,7 +26,9 @@ async def assembled(store: KeyStore, root_key: RootKey, *, identity: Identity) -
     """
     backend = EmbeddedBackend(root_key)
     await backend.check()
-    signer = ReceiptSigner(identity.guest.keys.receipt)
+    receipt = identity.guest.keys.receipt
+    log_key = await store.begin_life(receipt, identity.spiffe_id, time_ms=int(_now().timestamp() * 1000))
+    signer = ReceiptSigner(receipt, log_id=log_key.log_id)
     owners = OwnerDesk(store=store, backend=backend, signer=signer, broker_id=str(identity.spiffe_id), clock=_now)
     releases = ReleaseDesk(
         store=store,

@@ -20,6 +20,7 @@ from cloister.keyuri import KeyUri
 from cloister.release.keys import KeyState
 from cloister.tlv import parse_tlv, sha384, tlv
 from cloister_keybroker.backends import Custodian, KeyRef
+from cloister_keybroker.backends.failures import answer_invalid
 
 if TYPE_CHECKING:
     from cloister_keybroker.backends import Clock
@@ -65,12 +66,7 @@ class Canary:
                 await self._custodian.destroy(old.locator)
             part = await self._custodian.unwrap(kept.locator, kept.wrapped, _KEY.custodian_aad())
             if not hmac.compare_digest(sha384(part.reveal()), kept.digest):
-                raise CloisterError(
-                    Code.CUSTODIAN_ANSWER_INVALID,
-                    what="the back end opens the canary as something else",
-                    why="it is another store than the one that wrapped it, or it is damaged",
-                    todo="check what answers at the back end's address before any key is used",
-                )
+                raise answer_invalid(self._custodian.name, "it opens the canary as something else")
 
     def _due(self, kept: _Kept) -> bool:
         lifetime = self._custodian.lifetime

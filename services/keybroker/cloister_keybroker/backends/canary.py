@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cloister_keybroker.backends import Clock
 
 _LABEL: Final = "cloister-custodian-canary-v1"
-_KEY: Final = KeyRef(KeyUri("cloister", "canary"), 1, KeyState.ENABLED, frozenset())
+CANARY_KEY: Final = KeyRef(KeyUri("cloister", "canary"), 1, KeyState.ENABLED, frozenset())
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Canary:
             elif self._due(kept):
                 old, kept = kept, await self._make()
                 await self._custodian.destroy(old.locator)
-            part = await self._custodian.unwrap(kept.locator, kept.wrapped, _KEY.custodian_aad())
+            part = await self._custodian.unwrap(kept.locator, kept.wrapped, CANARY_KEY.custodian_aad())
             if not hmac.compare_digest(sha384(part.reveal()), kept.digest):
                 raise answer_invalid(self._custodian.name, "it opens the canary as something else")
 
@@ -75,8 +75,8 @@ class Canary:
 
     async def _make(self) -> _Kept:
         created_ms = int(self._clock().timestamp() * 1000)
-        locator = await self._custodian.create(_KEY)
-        fresh = await self._custodian.generate(locator, _KEY.custodian_aad())
+        locator = await self._custodian.create(CANARY_KEY)
+        fresh = await self._custodian.generate(locator, CANARY_KEY.custodian_aad())
         kept = _Kept(self._custodian.name, locator, fresh.wrapped, created_ms, sha384(fresh.secret.reveal()))
         write_atomically(self._path, kept.encode())
         return kept

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -79,6 +80,27 @@ async def test_a_server_with_another_certificate_sees_no_request(place: EhsmPlac
         assert "certificate" in error.why
         assert impostor.faults.requests == []
         await client.aclose()
+
+
+async def test_the_services_own_event_loop_checks_the_pin_too(place: EhsmPlace) -> None:
+    def attempt(pin: str) -> Code | None:
+        async def run() -> Code | None:
+            client = client_of(place, place.uri_with(pin=pin))
+            try:
+                await client.list_keys()
+            except CloisterError as error:
+                return error.code
+            finally:
+                await client.aclose()
+            return None
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(run())
+
+    right = spki_pin(place.client_directory / "ca.pem")
+    assert await asyncio.to_thread(attempt, right) is None
+    assert await asyncio.to_thread(attempt, f"sha256:{'0' * 64}") is Code.CUSTODIAN_REFUSED
+    assert place.faults.count("ListKey") == 1
 
 
 @pytest.mark.parametrize("with_ca", [True, False])

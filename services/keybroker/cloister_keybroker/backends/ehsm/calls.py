@@ -13,12 +13,12 @@ import json
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Final, TypeVar
 
 from cloister import ehsm
 from cloister.errors import CloisterError
 from cloister.runtime.logging import get_logger
+from cloister_keybroker.backends import Clock
 from cloister_keybroker.backends.ehsm.answers import MAX_ANSWER, MAX_LIST, Answer, AnswerInvalid, Outcome, Refusal
 from cloister_keybroker.backends.ehsm.breaker import Breaker
 from cloister_keybroker.backends.ehsm.failures import Undone, no_answer, not_the_server, refusal_error
@@ -61,7 +61,7 @@ Ask = Callable[[Request], Awaitable[Answer]]
 class Calls:
     """Requests of one broker to one EHSM. Use in one event loop, and close."""
 
-    def __init__(self, options: EhsmOptions, *, clock: Callable[[], datetime], breaker: Breaker) -> None:
+    def __init__(self, options: EhsmOptions, *, clock: Clock, breaker: Breaker) -> None:
         limits = options.limits
         self._options = options
         self._clock = clock

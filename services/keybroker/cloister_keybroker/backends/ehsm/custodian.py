@@ -15,11 +15,11 @@ import os
 from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from cloister import ehsm
 from cloister.secret import SecretBytes
-from cloister_keybroker.backends import PART_SIZE, Capability, FreshPart, KeyRef, Lifetime
+from cloister_keybroker.backends import PART_SIZE, Capability, Clock, FreshPart, KeyRef, Lifetime
 from cloister_keybroker.backends.canary import CANARY_KEY
 from cloister_keybroker.backends.ehsm.breaker import Breaker
 from cloister_keybroker.backends.ehsm.calls import Calls
@@ -31,9 +31,6 @@ from cloister_keybroker.backends.ehsm.options import EhsmOptions
 from cloister_keybroker.backends.ehsm.orphans import Orphans
 from cloister_keybroker.backends.failures import answer_invalid, refused
 from cloister_keybroker.backends.uri import BackendUri
-
-if TYPE_CHECKING:
-    from cloister_keybroker.backends import Clock
 
 REWRAP_AFTER: Final = timedelta(days=300)
 REFUSE_AFTER: Final = timedelta(days=340)

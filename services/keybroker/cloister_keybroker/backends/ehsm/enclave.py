@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn, Self
+from typing import Final, NoReturn, Self
 
 from cloister.atomicfile import file_error
 from cloister.collateral.commands import family_of
@@ -31,11 +31,9 @@ from cloister.tdx.intelroot import intel_root
 from cloister.tdx.quote import QuoteRejected, SgxQuote
 from cloister.tdx.trustroot import TrustRoot
 from cloister.tdx.verify import Verdict, verify_with_collateral
+from cloister_keybroker.backends import Clock
 from cloister_keybroker.backends.ehsm.client import EhsmClient
 from cloister_keybroker.backends.failures import refused
-
-if TYPE_CHECKING:
-    from cloister_keybroker.backends import Clock
 
 KIND: Final = "EhsmEnclavePolicy"
 EVERY: Final = timedelta(days=1)

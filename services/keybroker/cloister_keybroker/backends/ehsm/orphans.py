@@ -15,17 +15,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from cloister import ehsm
 from cloister.errors import CloisterError, Code
 from cloister.runtime.logging import get_logger
+from cloister_keybroker.backends import Clock
 from cloister_keybroker.backends.ehsm.answers import ListedKey
 from cloister_keybroker.backends.ehsm.client import EhsmClient
 from cloister_keybroker.backends.ehsm.intents import Intent, Journal
-
-if TYPE_CHECKING:
-    from cloister_keybroker.backends import Clock
 
 # A request may be delayed on the way for as long as EHSM takes its timestamp, and clocks may differ by as much.
 SETTLED_MS: Final = 2 * ehsm.TIMESTAMP_WINDOW_MS

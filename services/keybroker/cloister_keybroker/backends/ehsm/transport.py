@@ -7,14 +7,14 @@ What matters to a caller is whether a request can have been done: `sent` of a fa
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Final
 
 import aiohttp
 
+from cloister_keybroker.backends import Clock
 from cloister_keybroker.backends.ehsm.answers import MAX_ANSWER, Answer, AnswerInvalid
 from cloister_keybroker.backends.ehsm.options import EhsmOptions
 from cloister_keybroker.backends.ehsm.pinning import pinned_context
@@ -46,7 +46,7 @@ class Exchange:
 class Transport:
     """Connections for one kind of call. Use in one event loop, and close."""
 
-    def __init__(self, options: EhsmOptions, *, connections: int, clock: Callable[[], datetime]) -> None:
+    def __init__(self, options: EhsmOptions, *, connections: int, clock: Clock) -> None:
         self._options = options
         self._clock = clock
         self._connections = connections

@@ -50,6 +50,26 @@ def open_answer(
     compared with its request before. `terms` is the lease as the broker's answer says it. Raises
     CloisterError(RECEIPT_INVALID).
     """
+    message = check_answer(answer, receipt, binding=binding, receipt_spki_der=receipt_spki_der, terms=terms)
+    try:
+        secret = recipient.open(answer.sealed, info=binding.hpke_info())
+    except HpkeError as error:
+        refuse(str(error))
+    if len(secret) != DATA_KEY_SIZE:
+        refuse(f"a data key of {len(secret)} bytes instead of {DATA_KEY_SIZE}")
+    data_key = DataKey(secret, answer.wrapped, answer.key_uri, answer.key_version)
+    return Received(data_key, sha384(tlv("cloister-receipt-digest-v1", message, receipt.signature)))
+
+
+def check_answer(
+    answer: keybroker_pb2.SealedDataKey,
+    receipt: keybroker_pb2.Receipt,
+    *,
+    binding: ReleaseBinding,
+    receipt_spki_der: bytes,
+    terms: LeaseTerms,
+) -> bytes:
+    """Check an answer without opening it, see `open_answer`; return the message that the receipt signs."""
     if answer.key_uri != binding.key_uri or answer.key_version != binding.key_version:
         refuse("the answer is about another key than the one asked for")
     if not secrets.compare_digest(sha384(answer.wrapped), binding.wrapped_digest):
@@ -64,15 +84,9 @@ def open_answer(
     )
     try:
         key.verify(receipt.signature, message)
-        secret = recipient.open(answer.sealed, info=binding.hpke_info())
     except InvalidSignature:
         refuse("the signature of the receipt does not verify over what was asked and answered")
-    except HpkeError as error:
-        refuse(str(error))
-    if len(secret) != DATA_KEY_SIZE:
-        refuse(f"a data key of {len(secret)} bytes instead of {DATA_KEY_SIZE}")
-    data_key = DataKey(secret, answer.wrapped, answer.key_uri, answer.key_version)
-    return Received(data_key, sha384(tlv("cloister-receipt-digest-v1", message, receipt.signature)))
+    return message
 
 
 async def fetch_receipt_key(channel: Any, *, caller: SpiffeId) -> bytes:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Final
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -13,9 +13,13 @@ HEALTH_SERVICE: Final = "grpc.health.v1.Health"
 
 
 class HealthState:
-    """Serving or not, for the whole process ("") and for each service it mounts; not serving at first."""
+    """Serving or not, for the whole process ("") and for each service it mounts; not serving at first.
 
-    def __init__(self) -> None:
+    `always` names services that answer whenever the process listens, even when it says that it is not ready.
+    """
+
+    def __init__(self, *, always: Collection[str] = ()) -> None:
+        self._always = frozenset(always)
         self.servicer: Any = health_aio.HealthServicer()
         # The servicer begins as serving; a process does not.
         self.servicer._server_status[""] = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -40,7 +44,7 @@ class HealthState:
             await self._publish(name)
 
     async def _publish(self, name: str) -> None:
-        serving = self._serving and name not in self._unable
+        serving = (self._serving and name not in self._unable) or name in self._always
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         await self.servicer.set(name, status)
 

@@ -141,6 +141,12 @@ class DecisionLog:
         """
         return logcheck.verify(self._connection, self._root_key, self.head(), whole=whole)
 
+    def rekey(self, root_key: RootKey) -> None:
+        """Authenticate head and segments anew, for a root key that replaces this one; entries stay as they are."""
+        head, after = self.head(), DecisionLog(self._connection, root_key)
+        logcheck.rekey(self._connection, self._root_key, root_key)
+        self._connection.execute("UPDATE log_head SET mac = ? WHERE only = 1", (after._mac(head),))
+
     def released_to_job(self, *, key_uri: str, job: str, policy_digest: bytes) -> int:
         """Count the grants of a key to a job under one policy: the log itself is the counter."""
         row = self._connection.execute(

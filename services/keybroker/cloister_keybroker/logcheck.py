@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import apsw
 
@@ -71,6 +71,16 @@ def verify(connection: apsw.Connection, root_key: RootKey, head: Frontier, *, wh
         "SELECT key_uri, record_digest FROM decisions INDEXED BY record_changes WHERE record_digest <> x'' ORDER BY idx"
     )
     return dict(changes)
+
+
+def rekey(connection: apsw.Connection, old: RootKey, new: RootKey) -> None:
+    """Authenticate the segments anew, for a root key that replaces another."""
+    rows: list[Any] = connection.execute("SELECT number, root, columns, mac FROM log_segments").fetchall()
+    for number, root, columns, mac in rows:
+        if not hmac.compare_digest(mac, _mac(old, number, root, columns)):
+            raise damaged(f"segment {number} was not written by this broker")
+        again = _mac(new, number, root, columns)
+        connection.execute("UPDATE log_segments SET mac = ? WHERE number = ?", (again, number))
 
 
 def damaged(why: str) -> CloisterError:

@@ -166,6 +166,20 @@ class Transaction:
             (str(uri), version, policy.yaml, policy.envelope, self._policy_mac(uri, version, policy)),
         )
 
+    def put_policy(self, uri: KeyUri, version: int, policy: StoredPolicy) -> None:
+        """Store a policy that is there, authenticated anew."""
+        self._connection.execute(
+            "UPDATE policies SET mac = ? WHERE uri = ? AND version = ?",
+            (self._policy_mac(uri, version, policy), str(uri), version),
+        )
+
+    def all_policies(self) -> Iterator[tuple[KeyUri, int, StoredPolicy]]:
+        """Yield every policy of every key, replaced ones too, authenticated."""
+        places: list[Any] = self._connection.execute("SELECT uri, version FROM policies").fetchall()
+        for uri, version in places:
+            key = KeyUri.parse(uri)
+            yield key, version, self._authentic_policy(key, version)
+
     def insert_publication(self, record: KeyRecord, publication: Publication) -> None:
         """Store the publication that `record`, of which it is the last, already counts."""
         self._connection.execute(
@@ -222,6 +236,11 @@ class Transaction:
         rows = self._connection.execute(
             "SELECT uri, version FROM key_versions WHERE backend <> ? ORDER BY uri, version LIMIT ?", (backend, limit)
         )
+        return [(KeyUri.parse(uri), version) for uri, version in rows]
+
+    def all_versions(self) -> list[tuple[KeyUri, int]]:
+        """Return every key version of every tenant."""
+        rows: list[Any] = self._connection.execute("SELECT uri, version FROM key_versions").fetchall()
         return [(KeyUri.parse(uri), version) for uri, version in rows]
 
     def versions_by_backend(self) -> dict[str, int]:
@@ -289,17 +308,17 @@ class Transaction:
         return version
 
     def _policy(self, record: KeyRecord) -> StoredPolicy | None:
-        if record.policy_version == 0:
-            return None
-        row = self._connection.execute(
-            "SELECT yaml, envelope, mac FROM policies WHERE uri = ? AND version = ?",
-            (str(record.uri), record.policy_version),
+        return self._authentic_policy(record.uri, record.policy_version) if record.policy_version else None
+
+    def _authentic_policy(self, uri: KeyUri, version: int) -> StoredPolicy:
+        row: Any = self._connection.execute(
+            "SELECT yaml, envelope, mac FROM policies WHERE uri = ? AND version = ?", (str(uri), version)
         ).fetchone()
         if row is not None:
             policy = StoredPolicy(row[0], row[1])
-            if hmac.compare_digest(row[2], self._policy_mac(record.uri, record.policy_version, policy)):
+            if hmac.compare_digest(row[2], self._policy_mac(uri, version, policy)):
                 return policy
-        raise store_damaged(f"the policy of {record.uri} was removed or edited")
+        raise store_damaged(f"the policy of {uri} was removed or edited")
 
     def _version_mac(self, uri: KeyUri, version: KeyVersion) -> bytes:
         return self._root_key.mac(

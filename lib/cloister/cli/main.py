@@ -17,6 +17,7 @@ from typer.exceptions import Abort, TyperException
 from cloister.cli import (
     attest,
     audit,
+    broker,
     collateral,
     demo,
     dev,
@@ -50,6 +51,7 @@ def build_app() -> typer.Typer:
     app.add_typer(dev.app, name="dev")
     app.add_typer(identity.app, name="identity")
     app.add_typer(keys.app, name="key")
+    app.add_typer(broker.app, name="broker")
     app.add_typer(policy.app, name="policy")
     sealing.register(app)
     measure.register(app)

@@ -25,6 +25,7 @@ from cloister_keybroker.workloads import KEM_IDS, Asked, ReleaseDesk, Workload
 
 _S = TypeVar("_S")
 _PACKAGE: Final = "cloister.api.keybroker.v1"
+RELEASE_SERVICE: Final = f"{_PACKAGE}.KeyReleaseService"
 _USERS: Final = frozenset({Role.USER})
 _WORKLOADS: Final = frozenset({Role.RANK, Role.BACKEND})
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every policy of the cookbook is one that the broker would take, and shows what it refuses as well as what it allows."""
+"""Every policy of the cookbook is one that the broker would take, and shows what it refuses besides what it allows."""
 
 from __future__ import annotations
 

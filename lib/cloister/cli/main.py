@@ -16,6 +16,7 @@ from typer.exceptions import Abort, TyperException
 
 from cloister.cli import (
     attest,
+    broker,
     collateral,
     demo,
     dev,
@@ -49,6 +50,7 @@ def build_app() -> typer.Typer:
     app.add_typer(dev.app, name="dev")
     app.add_typer(identity.app, name="identity")
     app.add_typer(keys.app, name="key")
+    app.add_typer(broker.app, name="broker")
     app.add_typer(policy.app, name="policy")
     sealing.register(app)
     measure.register(app)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start the key broker, or make the store of a new one.
+"""Start the key broker, make the store of a new one, or restore a backup.
 
 python -m cloister_keybroker --config FILE
 python -m cloister_keybroker init --root-key-file FILE --state-dir DIRECTORY
+python -m cloister_keybroker restore BACKUP --state-dir DIRECTORY
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -34,6 +36,7 @@ from cloister_keybroker.brokerservice import mounted_operations
 from cloister_keybroker.config import STORE_FILE, Config
 from cloister_keybroker.gate import BROKER_SERVICE, Gate
 from cloister_keybroker.logservice import CALLERS as LOG_CALLERS
+from cloister_keybroker.restore import restore
 from cloister_keybroker.rootkey import RootKey, create_root_key, read_root_key
 from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.service import CALLERS, RELEASE_SERVICE
@@ -113,10 +116,34 @@ async def _create_store(path: Path, root_key: RootKey) -> None:
     (await KeyStore.create(path, root_key, SealRecord())).close()
 
 
+def restore_backup(argv: Sequence[str]) -> int:
+    """Put a backup in a store's place; return the exit code."""
+    description = "Put a backup in a store's place, while the broker does not run."
+    parser = argparse.ArgumentParser(prog="python -m cloister_keybroker restore", description=description)
+    parser.add_argument("backup", type=Path, help="made by `cloister broker backup`")
+    parser.add_argument("--state-dir", type=Path, required=True, help="service.state_dir of the configuration")
+    parser.add_argument("--root-key-file", type=Path, help="verify everything now, where the root key is a file")
+    arguments = parser.parse_args(argv)
+    store = arguments.state_dir / STORE_FILE
+    try:
+        root_key = read_root_key(arguments.root_key_file) if arguments.root_key_file else None
+        trailer = asyncio.run(restore(arguments.backup, store, root_key))
+    except CloisterError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - a command's answer
+        return EXIT_CODE[error.kind]
+    made = datetime.fromtimestamp(trailer.created_ms / 1000, UTC)
+    print(f"store: {store}\nmade: {made:%Y-%m-%dT%H:%M:%SZ}\nbroker: {trailer.broker_id}")  # noqa: T201
+    print(f"log_size: {trailer.log_size}\nlog_root: {trailer.log_root.hex()}")  # noqa: T201 - a command's answer
+    print(f"verified: {'yes' if root_key else 'when the broker is unsealed'}")  # noqa: T201 - a command's answer
+    return 0
+
+
 def main(argv: Sequence[str]) -> NoReturn:
     """Dispatch on the first argument."""
     if argv[:1] == ["init"]:
         sys.exit(init(argv[1:]))
+    if argv[:1] == ["restore"]:
+        sys.exit(restore_backup(argv[1:]))
     run_service(serve, "keybroker", argv)
 
 

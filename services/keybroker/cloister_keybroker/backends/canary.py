@@ -23,7 +23,7 @@ from cloister_keybroker.backends import Clock, Custodian, KeyRef
 from cloister_keybroker.backends.failures import answer_invalid
 
 _LABEL: Final = "cloister-custodian-canary-v1"
-_KEY: Final = KeyRef(KeyUri("cloister", "canary"), 1, KeyState.ENABLED, frozenset())
+CANARY_KEY: Final = KeyRef(KeyUri("cloister", "canary"), 1, KeyState.ENABLED, frozenset())
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Canary:
                 await self._custodian.destroy(old.locator)
             if not kept.wrapped:
                 kept = await self._wrap(kept)
-            part = await self._custodian.unwrap(kept.locator, kept.wrapped, _KEY.custodian_aad())
+            part = await self._custodian.unwrap(kept.locator, kept.wrapped, CANARY_KEY.custodian_aad())
             if not hmac.compare_digest(sha384(part.reveal()), kept.digest):
                 raise answer_invalid(self._custodian.name, "it opens the canary as something else")
 
@@ -86,12 +86,12 @@ class Canary:
     async def _create(self) -> Kept:
         """Make its key, and remember it at once: a check that fails from here on must not make another each time."""
         created_ms = int(self._clock().timestamp() * 1000)
-        kept = Kept(self._custodian.name, await self._custodian.create(_KEY), b"", created_ms, b"")
+        kept = Kept(self._custodian.name, await self._custodian.create(CANARY_KEY), b"", created_ms, b"")
         write_atomically(self._path, kept.encode())
         return kept
 
     async def _wrap(self, kept: Kept) -> Kept:
-        fresh = await self._custodian.generate(kept.locator, _KEY.custodian_aad())
+        fresh = await self._custodian.generate(kept.locator, CANARY_KEY.custodian_aad())
         kept = replace(kept, wrapped=fresh.wrapped, digest=sha384(fresh.secret.reveal()))
         write_atomically(self._path, kept.encode())
         return kept

@@ -15,6 +15,7 @@ from cloister.errors import CloisterError, Code
 from cloister.release.keys import KeyState
 from cloister.secret import SecretBytes
 from cloister_keybroker.backends import Capability, Clock, Custodian, FreshDataKey, KeyBackend, KeyRef, handle_damaged
+from cloister_keybroker.backends.ehsm.custodian import open_ehsm
 from cloister_keybroker.backends.embedded import NAME as EMBEDDED
 from cloister_keybroker.backends.embedded import EmbeddedBackend
 from cloister_keybroker.backends.pkcs11 import open_pkcs11
@@ -28,6 +29,7 @@ from cloister_keybroker.rootkey import RootKey
 OpenCustodian: TypeAlias = Callable[[BackendUri, Path, Clock], Awaitable[Custodian]]
 
 _CUSTODIANS: Final[Mapping[str, OpenCustodian]] = {
+    "ehsm": open_ehsm,
     "pkcs11": lambda uri, _state_dir, _clock: open_pkcs11(uri),
     "transit": lambda uri, _state_dir, _clock: open_transit(uri),
 }

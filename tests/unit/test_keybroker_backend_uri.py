@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +14,6 @@ from cloister.errors import CloisterError, Code
 from cloister.secret import SecretBytes
 from cloister_keybroker.backends.factory import open_backends
 from cloister_keybroker.backends.uri import BackendUri, read_credential
-from cloister_keybroker.backends.workers import Workers
 from cloister_keybroker.rootkey import RootKey
 from fakes.custodian_in_memory import Moments
 
@@ -126,22 +122,3 @@ def test_a_credential_is_one_line_that_others_do_not_read(tmp_path: Path) -> Non
     assert caught.value.code is Code.FILE_NOT_FOUND
     with pytest.raises(CloisterError, match="refused"):
         read_credential(tmp_path)
-
-
-async def test_a_call_that_hangs_ends_at_the_deadline_and_others_do_not_pile_up_behind_it() -> None:
-    release = threading.Event()
-    with ThreadPoolExecutor(1) as threads:
-        workers = Workers("slow", threads, limit=2, deadline_s=0.05)
-        hanging = asyncio.ensure_future(workers.run(release.wait))
-        waiting = asyncio.ensure_future(workers.run(lambda: "never begun"))
-        await asyncio.sleep(0)
-        with pytest.raises(CloisterError) as busy:
-            await workers.run(lambda: "too many")
-        assert busy.value.code is Code.CUSTODIAN_BUSY
-        for late in (hanging, waiting):
-            with pytest.raises(CloisterError) as caught:
-                await late
-            assert caught.value.code is Code.CUSTODIAN_UNAVAILABLE
-        release.set()
-        recovered = Workers("slow", threads, limit=2, deadline_s=5)
-        assert await recovered.run(lambda: "here again") == "here again"

@@ -162,11 +162,13 @@ class _Method:
 
     def _admit(self, outcome: _Outcome) -> None:
         allowed = self.guard.callers.get(self.path)
-        if outcome.caller is None:
+        if self.guard.anonymous:
             if allowed is None:
                 raise _not_allowed(self.path, "an anonymous caller")
-        elif outcome.caller.spiffe_id.role not in (allowed or ()):
-            raise _not_allowed(self.path, f"the role {outcome.caller.spiffe_id.role}")
+            return
+        role = outcome.caller.spiffe_id.role if outcome.caller else None
+        if role not in (allowed or ()):
+            raise _not_allowed(self.path, f"the role {role}")
 
     def _quota(self, outcome: _Outcome) -> AbstractContextManager[None]:
         if self.guard.quota is None or outcome.caller is None or self.service in _QUIET_SERVICES:

@@ -53,25 +53,44 @@ def open_answer(
         refuse("the answer is about another key than the one asked for")
     if not secrets.compare_digest(sha384(answer.wrapped), binding.wrapped_digest):
         refuse("the answer carries another wrapped key than the one asked for")
-    key = load_ed25519_spki(receipt_spki_der)
-    if key is None or not secrets.compare_digest(receipt.receipt_spki_der, receipt_spki_der):
-        refuse("the receipt is under another key than the broker's evidence names")
-    if not secrets.compare_digest(receipt.log_id, sha384(receipt_spki_der)) or len(receipt.root) != _ROOT_SIZE:
-        refuse("the receipt names another log, or no root of it")
-    message = binding.receipt_message(
-        sealed=answer.sealed, terms=terms, log_id=receipt.log_id, index=receipt.index, root=receipt.root
+    message = check_receipt(
+        receipt, binding=binding, sealed=answer.sealed, receipt_spki_der=receipt_spki_der, terms=terms
     )
     try:
-        key.verify(receipt.signature, message)
         secret = recipient.open(answer.sealed, info=binding.hpke_info())
-    except InvalidSignature:
-        refuse("the signature of the receipt does not verify over what was asked and answered")
     except HpkeError as error:
         refuse(str(error))
     if len(secret) != DATA_KEY_SIZE:
         refuse(f"a data key of {len(secret)} bytes instead of {DATA_KEY_SIZE}")
     data_key = DataKey(secret, answer.wrapped, answer.key_uri, answer.key_version)
     return Received(data_key, sha384(tlv("cloister-receipt-digest-v1", message, receipt.signature)))
+
+
+def check_receipt(
+    receipt: keybroker_pb2.Receipt,
+    *,
+    binding: ReleaseBinding,
+    sealed: bytes,
+    receipt_spki_der: bytes,
+    terms: LeaseTerms = _NO_LEASE,
+) -> bytes:
+    """Check that the broker signed this binding and this sealed value; return what it signed.
+
+    Raises CloisterError(RECEIPT_INVALID).
+    """
+    key = load_ed25519_spki(receipt_spki_der)
+    if key is None or not secrets.compare_digest(receipt.receipt_spki_der, receipt_spki_der):
+        refuse("the receipt is under another key than the broker's evidence names")
+    if not secrets.compare_digest(receipt.log_id, sha384(receipt_spki_der)) or len(receipt.root) != _ROOT_SIZE:
+        refuse("the receipt names another log, or no root of it")
+    message = binding.receipt_message(
+        sealed=sealed, terms=terms, log_id=receipt.log_id, index=receipt.index, root=receipt.root
+    )
+    try:
+        key.verify(receipt.signature, message)
+    except InvalidSignature:
+        refuse("the signature of the receipt does not verify over what was asked and answered")
+    return message
 
 
 async def fetch_receipt_key(channel: Any, *, caller: SpiffeId) -> bytes:

@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 
 from cloister.guest.enrol import Identity
 from cloister.runtime.server import Mounted
 from cloister_keybroker.answers import ReceiptSigner
 from cloister_keybroker.backends.embedded import EmbeddedBackend
+from cloister_keybroker.datakeys import DataKeyDesk
+from cloister_keybroker.desk import Office
+from cloister_keybroker.destruction import DestructionDesk
 from cloister_keybroker.owners import OwnerDesk
+from cloister_keybroker.ownerservice import Desks
 from cloister_keybroker.rootkey import RootKey
 from cloister_keybroker.service import mounted
 from cloister_keybroker.store import KeyStore
@@ -27,7 +32,8 @@ async def assembled(store: KeyStore, root_key: RootKey, *, identity: Identity) -
     backend = EmbeddedBackend(root_key)
     await backend.check()
     signer = ReceiptSigner(identity.guest.keys.receipt)
-    owners = OwnerDesk(store=store, backend=backend, signer=signer, broker_id=str(identity.spiffe_id), clock=_now)
+    office = Office(store, backend, signer, identity.spiffe_id, _now)
+    desks = Desks(OwnerDesk(office, hpke=identity.guest.keys.hpke), DataKeyDesk(office), DestructionDesk(office))
     releases = ReleaseDesk(
         store=store,
         backend=backend,
@@ -36,7 +42,13 @@ async def assembled(store: KeyStore, root_key: RootKey, *, identity: Identity) -
         broker_id=identity.spiffe_id,
         clock=_now,
     )
-    yield mounted(owners, releases, store)
+    destroying = asyncio.create_task(desks.destruction.keep_carrying_out())
+    try:
+        yield mounted(desks, releases, store)
+    finally:
+        destroying.cancel()
+        with suppress(asyncio.CancelledError):
+            await destroying
 
 
 def _now() -> datetime:

@@ -96,3 +96,17 @@ def job_config_digest(
     args_tlv = tlv("args", *args)
     inputs_tlv = tlv("inputs", *(tlv("input", i.name, i.key_uri, i.manifest_digest) for i in inputs))
     return sha384(tlv("cloister-job-config-v1", args_tlv, nodes, seed, inputs_tlv, output_key_uri))
+
+
+def unseal_info(*, action: str, broker_id: str, nonce: bytes) -> bytes:
+    """Return the info of a share or passphrase that is sealed to the broker.
+
+    `action` is "unseal", "initialize" or "rekey": what was meant for one is of no use for another. The nonce is of
+    GetSealStatus, and another one each time the broker is sealed: a recorded share cannot be handed in again.
+    """
+    return tlv("cloister-unseal-v1", action, broker_id, nonce)
+
+
+def share_info(*, broker_id: str, number: int, count: int, threshold: int) -> bytes:
+    """Return the info of a recovery share that is sealed to its holder; `number` is from 1."""
+    return tlv("cloister-share-v1", broker_id, number, count, threshold)

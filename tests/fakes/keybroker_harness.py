@@ -43,6 +43,7 @@ from cloister_keybroker.backends.embedded import EmbeddedBackend
 from cloister_keybroker.datakeys import DataKeyDesk, WrappedKey
 from cloister_keybroker.desk import Office, Owner
 from cloister_keybroker.destruction import DestructionDesk
+from cloister_keybroker.logkey import LogKey
 from cloister_keybroker.nonces import NonceBook
 from cloister_keybroker.owners import NewKey, OwnerDesk
 from cloister_keybroker.ownerservice import Desks
@@ -186,6 +187,7 @@ class Broker:
     releases: ReleaseDesk
     nonces: NonceBook
     receipt_key: Ed25519PrivateKey
+    log_key: LogKey
 
     @classmethod
     async def open(cls, store_path: Path, root_key_path: Path, ca: TestCa, clock: Clock | None = None) -> Broker:
@@ -197,11 +199,9 @@ class Broker:
             (await KeyStore.create(store_path, root_key, SealRecord())).close()
         store = await KeyStore.open(store_path, root_key)
         backend, receipt_key = EmbeddedBackend(root_key), Ed25519PrivateKey.generate()
-        signer, broker_id, nonces = (
-            ReceiptSigner(receipt_key),
-            SpiffeId.service(TRUST_DOMAIN, Role.KEYBROKER),
-            NonceBook(),
-        )
+        broker_id, nonces = SpiffeId.service(TRUST_DOMAIN, Role.KEYBROKER), NonceBook()
+        log_key = await store.begin_life(receipt_key, broker_id, time_ms=int(clock().timestamp() * 1000))
+        signer = ReceiptSigner(receipt_key, log_id=log_key.log_id)
         office = Office(store, backend, signer, broker_id, clock)
         return cls(
             ca,
@@ -222,6 +222,7 @@ class Broker:
             ),
             nonces,
             receipt_key,
+            log_key,
         )
 
     def sign(self, ear: Ear) -> str:

@@ -24,6 +24,7 @@ from cloister.cli import (
     keys,
     measure,
     model,
+    policy,
     predict,
     quote,
     sealing,
@@ -48,6 +49,7 @@ def build_app() -> typer.Typer:
     app.add_typer(dev.app, name="dev")
     app.add_typer(identity.app, name="identity")
     app.add_typer(keys.app, name="key")
+    app.add_typer(policy.app, name="policy")
     sealing.register(app)
     measure.register(app)
     app.add_typer(train.app, name="train")

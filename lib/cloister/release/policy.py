@@ -83,6 +83,9 @@ class ApprovalRule:
     threshold: int
     of: tuple[str, ...]  # did:key
 
+    def __str__(self) -> str:
+        return f"{self.threshold} of {', '.join(self.of)}"
+
 
 @dataclass(frozen=True, slots=True)
 class SpiffeGlob:

@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from cloister.guest.enrol import Identity
 from cloister.runtime.server import Mounted
 from cloister_keybroker.answers import ReceiptSigner
-from cloister_keybroker.backends.embedded import EmbeddedBackend
+from cloister_keybroker.backends.factory import Backends, open_backends
+from cloister_keybroker.config import Config
 from cloister_keybroker.datakeys import DataKeyDesk
 from cloister_keybroker.desk import Office
 from cloister_keybroker.destruction import DestructionDesk
@@ -24,19 +25,31 @@ from cloister_keybroker.workloads import ReleaseDesk
 
 
 @asynccontextmanager
-async def assembled(store: KeyStore, root_key: RootKey, *, identity: Identity) -> AsyncIterator[Sequence[Mounted]]:
+async def opened_backends(root_key: RootKey, *, config: Config) -> AsyncIterator[Backends]:
+    """Give the back ends of the configuration; they are closed when the root key is forgotten."""
+    section = config.keybroker
+    state_dir = config.service.state_dir
+    backends = await open_backends(section.backend, section.former_backends, root_key, state_dir=state_dir, clock=_now)
+    try:
+        yield backends
+    finally:
+        await backends.aclose()
+
+
+@asynccontextmanager
+async def assembled(store: KeyStore, backends: Backends, *, identity: Identity) -> AsyncIterator[Sequence[Mounted]]:
     """Give the services over an unsealed store, for the gate; what they need ends with the block.
 
     Work that goes on in the background begins and ends here, too: a sealed broker does none.
     """
-    backend = EmbeddedBackend(root_key)
-    await backend.check()
-    signer = ReceiptSigner(identity.guest.keys.receipt)
-    office = Office(store, backend, signer, identity.spiffe_id, _now)
+    receipt = identity.guest.keys.receipt
+    log_key = await store.begin_life(receipt, identity.spiffe_id, time_ms=int(_now().timestamp() * 1000))
+    signer = ReceiptSigner(receipt, log_id=log_key.log_id)
+    office = Office(store, backends, signer, identity.spiffe_id, _now)
     desks = Desks(OwnerDesk(office, hpke=identity.guest.keys.hpke), DataKeyDesk(office), DestructionDesk(office))
     releases = ReleaseDesk(
         store=store,
-        backend=backend,
+        backend=backends,
         signer=signer,
         credentials=identity,
         broker_id=identity.spiffe_id,

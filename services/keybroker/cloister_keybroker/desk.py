@@ -8,16 +8,18 @@ all, so it cannot be told from one that does not exist.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Final, TypeVar
 
 from cloister.errors import CloisterError, Code
 from cloister.identity import SpiffeId
 from cloister.keyuri import KeyUri
 from cloister.release.blocks import Block
 from cloister.release.keys import KeyState
+from cloister.runtime.logging import get_logger
 from cloister.tlv import sha384
 from cloister.transparency.entry import Entry
 from cloister_keybroker.answers import ReceiptSigner, key_not_found
@@ -25,6 +27,8 @@ from cloister_keybroker.backends import KeyBackend, KeyRef
 from cloister_keybroker.keys import KeyRecord, KeyVersion
 from cloister_keybroker.store import KeyStore
 from cloister_keybroker.transaction import StoredKey, Transaction
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,28 +131,55 @@ class Desk:
             )
         return record
 
-    async def _restate(self, owner: Owner, action: str, before: KeyRecord, record: KeyRecord) -> KeyRecord:
+    async def _restate(self, owner: Owner, action: str, before: KeyRecord, record: KeyRecord) -> None:
         """Bring a key, and each of its versions at the back end, into the record's state."""
-        versions = [
-            replace(
-                version,
-                handle=await self._backend.restate(KeyRef.of(before, version.number), version.handle, record.state),
-            )
-            for version in await self._store.read(lambda transaction: transaction.versions(before))
-        ]
-        await self._change(owner, action, record, *versions)
-        return record
 
-    async def _change(self, owner: Owner, action: str, record: KeyRecord, *versions: KeyVersion) -> None:
-        """Make a change of a key durable, with its entry in the log."""
+        async def restated(version: KeyVersion) -> KeyVersion:
+            key = KeyRef.of(before, version.number)
+            return replace(version, handle=await self._backend.restate(key, version.handle, record.state))
 
-        def work(transaction: Transaction) -> None:
+        while True:
+            found = await self._store.read(lambda transaction: transaction.versions(before))
+            versions = [await restated(version) for version in found]
+            if await self._change(owner, action, record, versions, instead_of=found):
+                return
+
+    async def _change(
+        self,
+        owner: Owner,
+        action: str,
+        record: KeyRecord,
+        versions: Sequence[KeyVersion] = (),
+        *,
+        instead_of: Sequence[KeyVersion] | None = None,
+    ) -> bool:
+        """Make a change of a key durable, with its entry in the log.
+
+        False, and nothing changes, when versions are not what they were in `instead_of`: one has moved meanwhile, and
+        its old place is given up.
+        """
+
+        def work(transaction: Transaction) -> bool:
+            if instead_of is not None and transaction.versions(record) != instead_of:
+                return False
             transaction.update_key(record)
             for version in versions:
                 transaction.put_version(record.uri, version)
             transaction.append(self._entry(owner, action, record), time_ms=self._office.now_ms())
+            return True
 
-        await self._store.write(work)
+        return await self._store.write(work)
+
+    async def _made(self, record: KeyRecord, handle: bytes, write: Awaitable[_T]) -> _T:
+        """Write what the back end has just made into the store; when that fails it is destroyed again."""
+        try:
+            return await write
+        except CloisterError:
+            try:
+                await self._backend.destroy(KeyRef.of(record, record.newest), handle)
+            except CloisterError as problem:
+                get_logger().warning("an unused key stays at its back end", problem=str(problem))
+            raise
 
     def _entry(self, owner: Owner, action: str, record: KeyRecord) -> Entry:
         """Return the log entry of a change after which the record is this."""
@@ -183,7 +214,7 @@ class Desk:
         await self._store.write(lambda transaction: transaction.append(entry, time_ms=self._office.now_ms()))
 
 
-_STATE_ADVICE = {
+_STATE_ADVICE: Final = {
     KeyState.ENABLED: "disable it first, if that is what you want",
     KeyState.DISABLED: "enable it: cloister key enable",
     KeyState.DESTRUCTION_SCHEDULED: "call its destruction off first: cloister key restore",

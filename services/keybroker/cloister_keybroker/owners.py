@@ -124,7 +124,9 @@ class OwnerDesk(Desk):
             before = await self._changeable(owner, uri, action, KeyState.ENABLED, KeyState.DISABLED)
             if before.state is state:
                 return before
-            return await self._restate(owner, action, before, replace(before, state=state))
+            record = replace(before, state=state)
+            await self._restate(owner, action, before, record)
+        return record
 
     async def rotate(self, owner: Owner, uri: KeyUri) -> KeyRecord:
         """Make a new version; older ones still open what they wrapped."""
@@ -135,7 +137,7 @@ class OwnerDesk(Desk):
             record = replace(before, newest=before.newest + 1)
             handle = await self._backend.create(KeyRef.of(record, record.newest))
             version = KeyVersion(record.newest, handle, self._backend.name, self._office.now_ms())
-            await self._change(owner, "rotate", record, version)
+            await self._made(record, handle, self._change(owner, "rotate", record, [version]))
         return record
 
     async def retire(self, owner: Owner, uri: KeyUri, min_version: int) -> KeyRecord:
@@ -264,12 +266,7 @@ class OwnerDesk(Desk):
                 transaction.insert_policy(record.uri, record.policy_version, StoredPolicy(policy.yaml, policy.envelope))
             return transaction.append(self._entry(owner, action, record), time_ms=record.created_ms)
 
-        async with self._office.changing(record.uri):
-            try:
-                return await self._store.write(work)
-            except CloisterError:
-                await self._backend.destroy(KeyRef.of(record, record.newest), handle)
-                raise
+        return await self._made(record, handle, self._store.write(work))
 
 
 def _signed_policy(envelope: bytes) -> SignedPolicy:

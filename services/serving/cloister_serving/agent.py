@@ -44,8 +44,7 @@ from cloister.runtime.config import ConfigModel
 from cloister.runtime.logging import configure, get_logger
 from cloister.runtime.process import harden
 from cloister.sealed.directory import Peek, SealedDirectory
-from cloister.tdx import workload
-from cloister.tdx.workload import BackendClaim, DatasetClaim
+from cloister.tdx.workload import BackendClaim, DatasetClaim, WorkloadPlan
 from cloister.tlv import sha384
 from cloister_serving import stockworker
 from cloister_serving.keysocket import KeySocket, key_message
@@ -164,13 +163,17 @@ def _log_denied(pid: int) -> None:
 
 
 def _measure(guest: Guest, bundle: TrustBundle, spec: AgentSpec, archive: Archive, peek: Peek) -> None:
-    guest.measure(workload.ENVIRONMENT, digest_of_environment())
-    guest.measure(workload.TRUST_BUNDLE, bundle.digest)
-    guest.measure(workload.SCRIPT, sha384(archive.handler_source))
-    guest.measure(workload.CONFIG, bytes.fromhex(spec.archive_digest))
-    guest.measure(workload.BACKEND, BackendClaim(spec.tenant, spec.model, spec.backend).to_payload())
-    guest.measure(workload.DATASET, DatasetClaim(MODEL_DIRECTORY, peek.manifest_digest).to_payload())
-    guest.seal(Role.BACKEND)
+    guest.run_as(
+        WorkloadPlan(
+            role=Role.BACKEND,
+            environment=digest_of_environment(),
+            trust_bundle=bundle.digest,
+            script=sha384(archive.handler_source),
+            config=bytes.fromhex(spec.archive_digest),
+            backend=BackendClaim(spec.tenant, spec.model, spec.backend),
+            datasets=(DatasetClaim(MODEL_DIRECTORY, peek.manifest_digest),),
+        )
+    )
 
 
 def _ended(code: int, tail: OutputTail) -> CloisterError:

@@ -40,7 +40,7 @@ from cloister.runtime.channel import open_channel
 from cloister.runtime.process import harden, lifeline, pin_to_cores
 from cloister.sealed.datakey import DataKey
 from cloister.sealed.directory import Peek, SealedDirectory
-from cloister.tdx import workload
+from cloister.tdx.workload import DatasetClaim, RankClaim, WorkloadPlan
 from cloister.train.job import Job
 from cloister.train.output import Output
 from cloister_trainer.ranklink import LoopThread, RankLink
@@ -96,15 +96,17 @@ class Rank:
             inputs=[JobInput(i.name, i.key_uri, peeks[i.name].manifest_digest) for i in spec.inputs],
             output_key_uri=spec.output_key_uri,
         )
-        claim = workload.RankClaim(spec.tenant, spec.job_id, spec.rank, spec.world_size)
-        guest.measure(workload.ENVIRONMENT, digest_of_environment())
-        guest.measure(workload.TRUST_BUNDLE, bundle.digest)
-        guest.measure(workload.SCRIPT, script)
-        guest.measure(workload.CONFIG, config)
-        guest.measure(workload.RANK, claim.to_payload())
-        for name, peek in peeks.items():
-            guest.measure(workload.DATASET, workload.DatasetClaim(name, peek.manifest_digest).to_payload())
-        guest.seal(Role.RANK)
+        guest.run_as(
+            WorkloadPlan(
+                role=Role.RANK,
+                environment=digest_of_environment(),
+                trust_bundle=bundle.digest,
+                script=script,
+                config=config,
+                rank=RankClaim(spec.tenant, spec.job_id, spec.rank, spec.world_size),
+                datasets=tuple(DatasetClaim(name, peek.manifest_digest) for name, peek in peeks.items()),
+            )
+        )
 
     async def _enrol(self, guest: Guest, bundle: TrustBundle) -> tuple[Identity, RankLink]:
         identity = await Identity.enrol(guest, attest_endpoint=self._spec.attest_endpoint, bundle=bundle)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from cloister.tlv import sha384, tlv
+from cloister.tlv import parse_tlv, sha384, tlv
 
 NONCE_SIZE: Final = 32
 
@@ -75,6 +75,42 @@ class ReleaseBinding:
 def import_info(*, key_uri: str, key_version: int, policy_digest: bytes, nonce: bytes) -> bytes:
     """Return the info of the HPKE seal over key material that its owner brings to the broker."""
     return tlv("cloister-prov-v1", key_uri, key_version, policy_digest, nonce)
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptClaims:
+    """What a receipt message says, for whoever reads it later."""
+
+    binding: ReleaseBinding
+    terms: LeaseTerms
+    sealed_digest: bytes  # SHA-384 of the answer
+    log_id: bytes  # SHA-384 of the log's key (SubjectPublicKeyInfo, DER)
+    index: int  # of the decision in the log
+    root: bytes  # 32 bytes, of the log that ends with it
+
+    @classmethod
+    def parse(cls, message: bytes) -> ReceiptClaims:
+        """Read what `ReleaseBinding.receipt_message` made; raise ValueError for anything else."""
+        fields = parse_tlv(message, label="cloister-receipt-v2", fields=16)
+        binding = ReleaseBinding(
+            key_uri=fields[0].decode(),
+            key_version=_number(fields[1]),
+            purpose=fields[2].decode(),
+            policy_digest=fields[3],
+            evidence_digest=fields[4],
+            client_nonce=fields[5],
+            broker_nonce=fields[6],
+            broker_id=fields[7].decode(),
+            wrapped_digest=fields[8],
+        )
+        terms = LeaseTerms(*(_number(field) for field in fields[9:12]))
+        return cls(binding, terms, fields[12], fields[13], _number(fields[14]), fields[15])
+
+
+def _number(field: bytes) -> int:
+    if len(field) != 8:
+        raise ValueError("a number has 8 bytes")
+    return int.from_bytes(field, "big")
 
 
 @dataclass(frozen=True, slots=True)

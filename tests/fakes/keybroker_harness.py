@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import load_der_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
 from cloister.didkey import did_key
 from cloister.ear import Ear, issue
@@ -44,6 +44,8 @@ from cloister_keybroker.datakeys import DataKeyDesk, WrappedKey
 from cloister_keybroker.desk import Office, Owner
 from cloister_keybroker.destruction import DestructionDesk
 from cloister_keybroker.logkey import LogKey
+from cloister_keybroker.logservice import CALLERS as LOG_CALLERS
+from cloister_keybroker.logservice import mounted_log
 from cloister_keybroker.nonces import NonceBook
 from cloister_keybroker.owners import NewKey, OwnerDesk
 from cloister_keybroker.ownerservice import Desks
@@ -225,6 +227,11 @@ class Broker:
             log_key,
         )
 
+    @property
+    def receipt_spki(self) -> bytes:
+        """The receipt key as the broker's evidence would name it."""
+        return self.receipt_key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
     def sign(self, ear: Ear) -> str:
         return issue(ear, key=self.ca.token_key, key_id=self.ca.token_key_id)
 
@@ -329,8 +336,11 @@ async def a_served_broker(directory: Path) -> AsyncIterator[tuple[Broker, str]]:
         server = GrpcServer(
             section="127.0.0.1:0",
             credentials=broker.ca.credentials(Role.KEYBROKER),
-            services=mounted(Desks(broker.owners, broker.data_keys, broker.destruction), broker.releases, broker.store),
-            callers=CALLERS,
+            services=[
+                *mounted(Desks(broker.owners, broker.data_keys, broker.destruction), broker.releases),
+                *mounted_log(broker.store, broker.log_key),
+            ],
+            callers={**CALLERS, **LOG_CALLERS},
         )
         await server.start()
         try:

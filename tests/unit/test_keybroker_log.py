@@ -10,51 +10,19 @@ import pytest
 
 from cloister.errors import CloisterError, Code
 from cloister.identity import Role, SpiffeId
-from cloister.merkle import leaf_hash, root_of, verify_consistency, verify_inclusion
+from cloister.merkle import root_of, verify_consistency, verify_inclusion
 from cloister.secret import SecretBytes
 from cloister.tlv import sha384
 from cloister.transparency.checkpoint import Checkpoint
 from cloister.transparency.entry import LoggedEntry
 from cloister.transparency.start import Start
-from cloister_keybroker import log as log_module
 from cloister_keybroker import logcheck, logkey
-from cloister_keybroker.log import DecisionLog
-from cloister_keybroker.logproofs import LogProofs
 from cloister_keybroker.rootkey import RootKey
 from fakes.certs import TRUST_DOMAIN
 from fakes.keybroker_harness import KEY, OTHER_KEY, TENANT, Broker, a_broker, owner
-from fakes.log_material import DROP_GUARDS, an_entry, edit
+from fakes.log_material import BROKER, DROP_GUARDS, ROOT_KEY, Log, an_entry, edit
 
-BROKER = SpiffeId.service(TRUST_DOMAIN, Role.KEYBROKER)
-ROOT_KEY = RootKey(SecretBytes(b"\x05" * 32))
 LONG = logcheck.SEGMENT + 3
-
-
-class Log:
-    """A log in a database of its own."""
-
-    def __init__(self, path: str | Path = ":memory:") -> None:
-        self.connection = apsw.Connection(str(path))
-        self.log = DecisionLog(self.connection, ROOT_KEY)
-        self.proofs = LogProofs(self.connection, self.log)
-
-    @classmethod
-    def begin(cls, path: str | Path = ":memory:", entries: int = 0) -> Log:
-        made = cls(path)
-        made.connection.execute(log_module.SCHEMA + logkey.SCHEMA)
-        made.log.create_head()
-        with made.connection:
-            for number in range(entries):
-                made.append(number)
-        return made
-
-    def append(self, number: int) -> None:
-        tenant = TENANT if number % 2 else "hospital-b"
-        job = f"j-{number % 3}"
-        self.log.append(an_entry(tenant=tenant, job=job, record_digest=bytes([number % 256])), time_ms=number)
-
-    def leaves(self) -> list[bytes]:
-        return [leaf_hash(data) for (data,) in self.connection.execute("SELECT entry FROM entries ORDER BY idx")]
 
 
 async def tokens(broker: Broker) -> int:

@@ -50,13 +50,7 @@ def open_answer(
     compared with its request before. `terms` is the lease as the broker's answer says it. Raises
     CloisterError(RECEIPT_INVALID).
     """
-    if answer.key_uri != binding.key_uri or answer.key_version != binding.key_version:
-        refuse("the answer is about another key than the one asked for")
-    if not secrets.compare_digest(sha384(answer.wrapped), binding.wrapped_digest):
-        refuse("the answer carries another wrapped key than the one asked for")
-    message = check_receipt(
-        receipt, binding=binding, sealed=answer.sealed, receipt_spki_der=receipt_spki_der, terms=terms
-    )
+    message = check_answer(answer, receipt, binding=binding, receipt_spki_der=receipt_spki_der, terms=terms)
     try:
         secret = recipient.open(answer.sealed, info=binding.hpke_info())
     except HpkeError as error:
@@ -65,6 +59,22 @@ def open_answer(
         refuse(f"a data key of {len(secret)} bytes instead of {DATA_KEY_SIZE}")
     data_key = DataKey(secret, answer.wrapped, answer.key_uri, answer.key_version)
     return Received(data_key, sha384(tlv("cloister-receipt-digest-v1", message, receipt.signature)))
+
+
+def check_answer(
+    answer: keybroker_pb2.SealedDataKey,
+    receipt: keybroker_pb2.Receipt,
+    *,
+    binding: ReleaseBinding,
+    receipt_spki_der: bytes,
+    terms: LeaseTerms,
+) -> bytes:
+    """Check an answer without opening it, see `open_answer`; return the message that the receipt signs."""
+    if answer.key_uri != binding.key_uri or answer.key_version != binding.key_version:
+        refuse("the answer is about another key than the one asked for")
+    if not secrets.compare_digest(sha384(answer.wrapped), binding.wrapped_digest):
+        refuse("the answer carries another wrapped key than the one asked for")
+    return check_receipt(receipt, binding=binding, sealed=answer.sealed, receipt_spki_der=receipt_spki_der, terms=terms)
 
 
 def check_receipt(

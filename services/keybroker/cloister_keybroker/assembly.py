@@ -4,24 +4,39 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import prometheus_client
+
 from cloister.guest.enrol import Identity
+from cloister.runtime.logging import get_logger
 from cloister.runtime.server import Mounted
 from cloister_keybroker.answers import ReceiptSigner
 from cloister_keybroker.backends.factory import Backends, open_backends
+from cloister_keybroker.backends.watch import BackendWatch
 from cloister_keybroker.config import Config
 from cloister_keybroker.datakeys import DataKeyDesk
 from cloister_keybroker.desk import Office
 from cloister_keybroker.destruction import DestructionDesk
+from cloister_keybroker.logservice import mounted_log
+from cloister_keybroker.moving import keep_maintaining
 from cloister_keybroker.owners import OwnerDesk
 from cloister_keybroker.ownerservice import Desks
 from cloister_keybroker.rootkey import RootKey
 from cloister_keybroker.service import mounted
 from cloister_keybroker.store import KeyStore
 from cloister_keybroker.workloads import ReleaseDesk
+
+
+@dataclass(frozen=True, slots=True)
+class Watching:
+    """Where it shows whether the back ends are well."""
+
+    on_change: Callable[[bool], Awaitable[None]]
+    gauge: prometheus_client.Gauge
 
 
 @asynccontextmanager
@@ -37,7 +52,9 @@ async def opened_backends(root_key: RootKey, *, config: Config) -> AsyncIterator
 
 
 @asynccontextmanager
-async def assembled(store: KeyStore, backends: Backends, *, identity: Identity) -> AsyncIterator[Sequence[Mounted]]:
+async def assembled(
+    store: KeyStore, backends: Backends, *, identity: Identity, watching: Watching
+) -> AsyncIterator[Sequence[Mounted]]:
     """Give the services over an unsealed store, for the gate; what they need ends with the block.
 
     Work that goes on in the background begins and ends here, too: a sealed broker does none.
@@ -55,13 +72,30 @@ async def assembled(store: KeyStore, backends: Backends, *, identity: Identity) 
         broker_id=identity.spiffe_id,
         clock=_now,
     )
-    destroying = asyncio.create_task(desks.destruction.keep_carrying_out())
+    watch = BackendWatch(backends.all(), on_change=watching.on_change, gauge=watching.gauge)
+    await watch.look()
+    works = (watch.keep_looking(), keep_maintaining(store, backends, _now), desks.destruction.keep_carrying_out())
+    async with in_background(*works):
+        yield [*mounted(desks, releases), *mounted_log(store, log_key)]
+
+
+@asynccontextmanager
+async def in_background(*works: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Let these run during the block. One that ends by itself has met a mistake of the program, and that is logged."""
+    tasks = [asyncio.create_task(work) for work in works]
+    for task in tasks:
+        task.add_done_callback(_log_end)
     try:
-        yield mounted(desks, releases, store)
+        yield
     finally:
-        destroying.cancel()
-        with suppress(asyncio.CancelledError):
-            await destroying
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _log_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        get_logger().critical("work in the background ended", exc_info=task.exception())
 
 
 def _now() -> datetime:

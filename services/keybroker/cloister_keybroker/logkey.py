@@ -43,6 +43,7 @@ class LogKey:
 
     note_key: NoteKey
     private: Ed25519PrivateKey
+    start_index: int = 0  # of the entry that the broker's present life began with
 
     @property
     def log_id(self) -> bytes:

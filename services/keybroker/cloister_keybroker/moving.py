@@ -8,10 +8,11 @@ none, and a version that changed meanwhile keeps its old place.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from cloister.errors import CloisterError
 from cloister.keyuri import KeyUri
@@ -22,6 +23,7 @@ from cloister_keybroker.keys import KeyVersion
 from cloister_keybroker.store import KeyStore
 from cloister_keybroker.transaction import Transaction
 
+_EVERY_S: Final = 6 * 3600.0  # what is due has weeks left
 # The new handle of a version, or None when it stays where it is.
 _Remake: TypeAlias = Callable[[KeyRef, bytes], Awaitable[bytes | None]]
 
@@ -63,6 +65,15 @@ async def maintain(store: KeyStore, backends: Backends, now: datetime) -> Moved:
             problem = problem or error
             get_logger().error("a key version could not be renewed", key=str(uri), version=number, problem=str(error))
     return Moved(moved, 0, problem)
+
+
+async def keep_maintaining(store: KeyStore, backends: Backends, clock: Callable[[], datetime]) -> None:
+    """Make again what is due, now and four times a day, until cancelled."""
+    while True:
+        done = await maintain(store, backends, clock())
+        if done.moved:
+            get_logger().info("key versions renewed at their back ends", count=done.moved)
+        await asyncio.sleep(_EVERY_S)
 
 
 async def _move(store: KeyStore, backends: Backends, uri: KeyUri, number: int, remake: _Remake) -> bool:

@@ -2,16 +2,18 @@
 """The broker's own records in SQLite: keys, versions, policies, published data sets and the decision log, in one file.
 
 Everything that changes a key is written in one transaction with its log entry. Rows are authenticated under the root
-key, so an edited row is refused when it is read; at start the log is hashed again and every key row is compared with
+key, so an edited row is refused when it is read; at start the log is verified and every key row is compared with
 the last change the log knows of, so a row that was put back, added or removed is found as well.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -96,6 +98,7 @@ class KeyStore:
         self._root_key = root_key
         self._retired = False
         self._registries: OrderedDict[bytes, Registry] = OrderedDict()  # used on the database's thread only
+        self._next_write: asyncio.Event | None = None
 
     @classmethod
     async def create(cls, path: Path, root_key: RootKey, record: SealRecord) -> KeyStore:
@@ -158,7 +161,17 @@ class KeyStore:
 
     async def write(self, work: Callable[[Transaction], _T]) -> _T:
         """Run `work` in a transaction; durable on disk before this returns, undone when `work` raises."""
-        return await self._database.write(lambda connection: work(self._transaction(connection)))
+        result = await self._database.write(lambda connection: work(self._transaction(connection)))
+        if self._next_write is not None:
+            self._next_write.set()
+            self._next_write = None
+        return result
+
+    def next_write(self) -> asyncio.Event:
+        """Return an event that is set after the next write; for the event loop that writes."""
+        if self._next_write is None:
+            self._next_write = asyncio.Event()
+        return self._next_write
 
     def retire(self) -> None:
         """Do nothing more: the root key is to be forgotten or replaced. What still holds this store gets an error."""
@@ -174,8 +187,8 @@ class KeyStore:
             start = Start.make(
                 log=key.note_key, broker_id=str(broker_id), receipt=receipt, size=head.size, root=head.root()
             )
-            decisions.append(start.entry(), time_ms=time_ms)
-            return key
+            place = decisions.append(start.entry(), time_ms=time_ms)
+            return replace(key, start_index=place.index)
 
         return await self._database.write(work)
 

@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any, Final, TypeVar
-
-import grpc
+from typing import Final
 
 from cloister.api.keybroker.v1 import keybroker_pb2 as pb
 from cloister.release.keys import KeyState, Purpose
 from cloister_keybroker.answers import DataKeyAnswer, Receipt, argument_error
 from cloister_keybroker.keys import KeyRecord
 
-_S = TypeVar("_S")
 PACKAGE: Final = "cloister.api.keybroker.v1"
 MAX_PAGE: Final = 1000
 
@@ -86,16 +82,3 @@ def receipt(receipt: Receipt) -> pb.Receipt:
         root=receipt.place.root,
         receipt_spki_der=receipt.receipt_spki_der,
     )
-
-
-def whole(servicer: _S) -> _S:
-    """Answer UNIMPLEMENTED for what the interface has and the servicer does not define; nobody may call it anyway."""
-
-    async def absent(_request: Any, context: Any) -> None:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not served")
-
-    for name in (name for name in dir(servicer) if name[0].isupper()):
-        method = getattr(servicer, name)
-        if not (inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method)):
-            setattr(servicer, name, absent)
-    return servicer

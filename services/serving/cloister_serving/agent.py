@@ -6,6 +6,7 @@
 3. measure environment, trust bundle, handler, archive, identity and model manifest; seal; enrol as this backend
 4. get the model's data key released to this TD's own HPKE key
 5. hand it to the worker, once, when the handler asks; then stay, because the worker dies with its parent
+6. renew the lease on the key; when it ends, the worker ends
 
 What it tells the gateway goes through an inherited pipe (`reports`). The end of the other pipe, the lifeline, ends it,
 and a byte there says that the model is ready. No secret is in its arguments, its environment or its directory.
@@ -154,8 +155,13 @@ async def _provide_key(
     )
     del released
     reporter.send(Reached(Milestone.KEY_RELEASED))
-    await key_socket.hand_out(worker, message, on_denied=_log_denied)  # 5
-    reporter.send(Reached(Milestone.KEY_HANDED_OVER))
+    keeping = asyncio.create_task(keys.keep_leases())  # 6
+    try:
+        await key_socket.hand_out(worker, message, on_denied=_log_denied)  # 5
+        reporter.send(Reached(Milestone.KEY_HANDED_OVER))
+        await keeping
+    finally:
+        keeping.cancel()
 
 
 def _log_denied(pid: int) -> None:

@@ -31,6 +31,7 @@ from cloister.keyuri import KeyUri
 from cloister.policyblocks import digest_text
 from cloister.protocol import LeaseTerms
 from cloister.provisioning import OpenRequest
+from cloister.release.approvals import ReleaseApproval
 from cloister.release.decide import Peer
 from cloister.release.keys import KeyState, Purpose
 from cloister.runtime.pem import read_leaf
@@ -112,6 +113,27 @@ class Clock:
 
     def advance(self, **by: float) -> None:
         self.now += timedelta(**by)
+
+
+@dataclass
+class Approver:
+    """Somebody whom policies may ask."""
+
+    key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
+
+    @property
+    def name(self) -> str:
+        return did_key(self.key)
+
+    def approve(self, policy_digest: bytes, job: str, *, until: datetime, purpose: Purpose = Purpose.TRAIN) -> bytes:
+        """Return a signed approval for KEY."""
+        return ReleaseApproval(
+            key_uri=KEY,
+            purpose=purpose,
+            job=job,
+            policy_digest=policy_digest,
+            expires_ms=int(until.timestamp() * 1000),
+        ).signed(self.key)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from cloister_keybroker.datakeys import DataKeyDesk
 from cloister_keybroker.desk import Office
 from cloister_keybroker.destruction import DestructionDesk
 from cloister_keybroker.logservice import mounted_log
-from cloister_keybroker.moving import keep_maintaining
+from cloister_keybroker.moving import Mover
 from cloister_keybroker.owners import OwnerDesk
 from cloister_keybroker.ownerservice import Desks
 from cloister_keybroker.rootkey import RootKey
@@ -74,8 +74,8 @@ async def assembled(
     )
     watch = BackendWatch(backends.all(), on_change=watching.on_change, gauge=watching.gauge)
     await watch.look()
-    works = (watch.keep_looking(), keep_maintaining(store, backends, _now), desks.destruction.keep_carrying_out())
-    async with in_background(*works):
+    mover = Mover(store, backends, caller=str(identity.spiffe_id), clock=_now)
+    async with in_background(watch.keep_looking(), mover.keep_up(), desks.destruction.keep_carrying_out()):
         yield [*mounted(desks, releases), *mounted_log(store, log_key)]
 
 

@@ -137,7 +137,7 @@ class OwnerDesk(Desk):
             record = replace(before, newest=before.newest + 1)
             handle = await self._backend.create(KeyRef.of(record, record.newest))
             version = KeyVersion(record.newest, handle, self._backend.name, self._office.now_ms())
-            await self._made(record, handle, self._change(owner, "rotate", record, [version]))
+            await self._made(record, handle, self._change(owner, "rotate", record, version))
         return record
 
     async def retire(self, owner: Owner, uri: KeyUri, min_version: int) -> KeyRecord:

@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import quote
 
 import typer
 
@@ -64,7 +65,10 @@ def arguments(directory: StateDirectory, listen: str, api: EhsmApi = EhsmApi.CUR
 def backend_uri(directory: StateDirectory, address: str) -> str:
     """Return the line that puts the key broker's keys behind this server."""
     client = directory.ehsm / "client"
-    return f"ehsm:https://{address}?ca={client / 'ca.pem'}&appid={client / 'appid'}&apikey={client / 'apikey'}"
+    files = {
+        name: quote(str(client / file)) for name, file in (("ca", "ca.pem"), ("appid", "appid"), ("apikey", "apikey"))
+    }
+    return f"ehsm:https://{address}?" + "&".join(f"{name}={path}" for name, path in files.items())
 
 
 async def _serve(directory: StateDirectory, listen: str, api: EhsmApi, output: Output) -> None:

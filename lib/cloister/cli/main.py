@@ -16,6 +16,7 @@ from typer.exceptions import Abort, TyperException
 
 from cloister.cli import (
     attest,
+    audit,
     broker,
     collateral,
     demo,
@@ -60,6 +61,7 @@ def build_app() -> typer.Typer:
     app.add_typer(quote.app, name="quote")
     app.add_typer(collateral.app, name="collateral")
     app.add_typer(attest.app, name="attest")
+    app.add_typer(audit.app, name="audit")
     doctor.register(app)
     demo.register(app)
     return app

@@ -25,7 +25,7 @@ from cloister.errors import CloisterError, Code
 from cloister.identity import SpiffeId
 from cloister.runtime.database import Database
 from cloister.transparency.start import Start
-from cloister_keybroker import log, logkey, mark
+from cloister_keybroker import approvals, log, logkey, mark
 from cloister_keybroker.datasets import Registry
 from cloister_keybroker.logkey import LogKey
 from cloister_keybroker.rootkey import RootKey
@@ -85,6 +85,7 @@ CREATE TABLE publications (
 ) STRICT, WITHOUT ROWID;
 """
     + mark.SCHEMA
+    + approvals.SCHEMA
     + log.SCHEMA
     + logkey.SCHEMA,
 )

@@ -20,6 +20,7 @@ from cloister.keyuri import KeyUri
 from cloister.release.keys import KeyState, Purpose
 from cloister.tlv import sha384, tlv
 from cloister.transparency.entry import Entry, LoggedEntry
+from cloister_keybroker.approvals import ApprovalBook
 from cloister_keybroker.datasets import Publication, Registry
 from cloister_keybroker.keys import KeyRecord, KeyVersion
 from cloister_keybroker.log import DecisionLog, LogPlace
@@ -95,6 +96,7 @@ class Transaction:
         self._registries = registries
         self.log = DecisionLog(connection, root_key)
         self.proofs = LogProofs(connection, self.log)
+        self.approvals = ApprovalBook(connection)
 
     def key(self, uri: KeyUri, *, version: int = 0) -> StoredKey | None:
         """Return a key with one version of it (0: the newest), or None when there is no such key.

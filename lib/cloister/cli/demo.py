@@ -194,6 +194,7 @@ async def _keys_and_sealing(run: Run, session: Session, scratch: Path, *, data_u
     from cloister.cli.sealing import seal_directory
     from cloister.cli.state import SERVICES
     from cloister.cli.trust import verify_services
+    from cloister.guest.operator import OperatorClient
 
     run.chapter(2, "Keys with release policies; the data is sealed")
     data: DemoData = await asyncio.to_thread(prepare, run.data, scratch, rows=run.rows)
@@ -211,6 +212,8 @@ async def _keys_and_sealing(run: Run, session: Session, scratch: Path, *, data_u
         run.say(
             f"    for {' and '.join(draft.purposes)}: {len(draft.scripts)} script(s), the environment and image pinned"
         )
+    home = await OperatorClient(session.credentials, verified["keybroker"]).backend_status()
+    run.say(f"they live behind {home.name}" + (f" ({', '.join(home.capabilities)})" if home.capabilities else ""))
     with run.timed("sealing"):
         sealed = await seal_directory(
             session, data.directory, scratch / "sealed", key_uri=data_uri, dataset=MODEL, output=run.output

@@ -141,7 +141,7 @@ class _Builder:
             return ["embedded:"]
         endpoints = self._state.endpoints_file("ehsm")
         endpoints.unlink(missing_ok=True)
-        await self._start("ehsm", devehsm.arguments(self._state, "127.0.0.1:0"))
+        await self._start("ehsm", devehsm.arguments(self._state, "127.0.0.1:0", endpoints=endpoints))
 
         async def is_ready() -> bool:
             return endpoints.exists()

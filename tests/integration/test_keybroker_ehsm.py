@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import secrets
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
@@ -284,14 +285,14 @@ async def test_clocks_that_differ_raise_an_alarm_and_then_say_what_is_wrong(
         await custodian.probe()
     assert [log["ahead_s"] for log in logs if log["event"] == "clocks differ"] == [120]
     place.server_clock = lambda: place.clock() - timedelta(minutes=11)
-    error = await refused(custodian.probe(), Code.CUSTODIAN_REFUSED)
+    error = await refused(custodian.enable(str(uuid.uuid4()).encode()), Code.CUSTODIAN_REFUSED)
     assert "660 s behind" in error.why
 
 
 async def test_a_clock_that_is_set_back_does_not_stop_requests(place: EhsmPlace, custodian: EhsmCustodian) -> None:
-    await custodian.probe()
+    locator = await custodian.create(REF)
     advance(place, hours=-1)
-    await custodian.probe()
+    await custodian.enable(locator)
 
 
 async def test_requests_of_one_millisecond_are_no_replays_to_the_older_generation(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
+from cloister.didkey import did_key
 from cloister.ear import Ear, issue
 from cloister.errors import CloisterError
 from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
@@ -29,6 +30,7 @@ from cloister.identity import Role, SpiffeId
 from cloister.keyuri import KeyUri
 from cloister.policyblocks import digest_text
 from cloister.protocol import LeaseTerms
+from cloister.release.approvals import ReleaseApproval
 from cloister.release.decide import Peer
 from cloister.release.keys import KeyState, Purpose
 from cloister.runtime.pem import read_leaf
@@ -105,6 +107,27 @@ class Clock:
 
     def advance(self, **by: float) -> None:
         self.now += timedelta(**by)
+
+
+@dataclass
+class Approver:
+    """Somebody whom policies may ask."""
+
+    key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
+
+    @property
+    def name(self) -> str:
+        return did_key(self.key)
+
+    def approve(self, policy_digest: bytes, job: str, *, until: datetime, purpose: Purpose = Purpose.TRAIN) -> bytes:
+        """Return a signed approval for KEY."""
+        return ReleaseApproval(
+            key_uri=KEY,
+            purpose=purpose,
+            job=job,
+            policy_digest=policy_digest,
+            expires_ms=int(until.timestamp() * 1000),
+        ).signed(self.key)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from cloister_keybroker.backends.factory import Backends, open_backends
 from cloister_keybroker.backends.watch import BackendWatch
 from cloister_keybroker.config import Config
 from cloister_keybroker.logservice import mounted_log
-from cloister_keybroker.moving import keep_maintaining
+from cloister_keybroker.moving import Mover
 from cloister_keybroker.owners import OwnerDesk
 from cloister_keybroker.rootkey import RootKey
 from cloister_keybroker.service import mounted
@@ -69,7 +69,8 @@ async def assembled(
     )
     watch = BackendWatch(backends.all(), on_change=watching.on_change, gauge=watching.gauge)
     await watch.look()
-    async with in_background(watch.keep_looking(), keep_maintaining(store, backends, _now)):
+    mover = Mover(store, backends, caller=str(identity.spiffe_id), clock=_now)
+    async with in_background(watch.keep_looking(), mover.keep_up()):
         yield [*mounted(owners, releases), *mounted_log(store, log_key)]
 
 

@@ -20,10 +20,12 @@ from cloister.keyuri import KeyUri
 from cloister.release.keys import KeyState, Purpose
 from cloister.tlv import sha384, tlv
 from cloister.transparency.entry import Entry, LoggedEntry
+from cloister_keybroker.approvals import ApprovalBook
 from cloister_keybroker.datasets import Publication, Registry
 from cloister_keybroker.keys import KeyRecord, KeyVersion
 from cloister_keybroker.log import DecisionLog, LogPlace
 from cloister_keybroker.logproofs import LogProofs
+from cloister_keybroker.retired import RetiredHandles
 from cloister_keybroker.rootkey import RootKey
 
 _COLUMNS: Final = tuple(field.name for field in fields(KeyRecord))  # the table has a column for every field
@@ -95,6 +97,8 @@ class Transaction:
         self._registries = registries
         self.log = DecisionLog(connection, root_key)
         self.proofs = LogProofs(connection, self.log)
+        self.retired = RetiredHandles(connection, root_key)
+        self.approvals = ApprovalBook(connection)
 
     def key(self, uri: KeyUri, *, version: int = 0) -> StoredKey | None:
         """Return a key with one version of it (0: the newest), or None when there is no such key.

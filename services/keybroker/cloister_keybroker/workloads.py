@@ -144,7 +144,7 @@ class ReleaseDesk:
         if stored is None:
             await self._log_absent(workload, "begin", uri, purpose)
             raise key_not_found(str(uri))
-        now, policy, fresh = self._clock(), _policy_of(stored), False
+        now, policy, fresh = self._clock(), policy_in_force(stored), False
         if token and policy is not None:
             found = self._verify(token, now)
             mine = workload.peer.certificate_sha256
@@ -181,7 +181,7 @@ class ReleaseDesk:
         stored: StoredKey,
         now: datetime,
     ) -> Released | _Changed:
-        record, policy = stored.record, _policy_of(stored)
+        record, policy = stored.record, policy_in_force(stored)
         version = asked.key_version or (0 if asked.wrapped else record.newest)
         request = release.Request(
             key=asked.key,
@@ -193,13 +193,22 @@ class ReleaseDesk:
             renewal=asked.renewal,
         )
 
-        def decide(released_to_job: int) -> Decision:
-            counters = Counters(problem, released_to_job)
+        def decide(released_to_job: int, approvers: frozenset[str]) -> Decision:
+            counters = Counters(problem, released_to_job, approvers)
             return release.decide(request, found, workload.peer, policy, record, counters, now)
 
         data_key: FreshDataKey | None = None
         grounds: tuple[Block, ...] = ()
-        if decide(0).granted and not asked.renewal:
+        job = job_of(workload.peer.spiffe_id)
+
+        def approvers(transaction: Transaction) -> frozenset[str]:
+            return transaction.approvals.approvers(
+                asked.key, policy_digest=record.policy_digest, job=job, purpose=asked.purpose, now=now
+            )
+
+        asks = policy is not None and policy.approvals is not None
+        approving = await self._store.read(approvers) if asks else frozenset()
+        if decide(0, approving).granted and not asked.renewal:
             data_key, block = await self._data_key(KeyRef.of(record, version), stored, asked)
             grounds = (block,)
         wrapped = data_key.wrapped if data_key else asked.wrapped
@@ -210,9 +219,8 @@ class ReleaseDesk:
             newest = transaction.key(asked.key)
             if newest is None or newest.record != record:
                 return _Changed()
-            job = job_of(workload.peer.spiffe_id)
             past = transaction.released_to_job(uri=asked.key, job=job, policy_digest=record.policy_digest)
-            decision = Decision((*decide(past).blocks, *grounds))
+            decision = Decision((*decide(past, approvers(transaction) if asks else frozenset()).blocks, *grounds))
             entry = self._entry(workload, asked, decision, binding)
             # Only authentic tokens are kept, for replays of other policies: no policy grants anything on others.
             token = asked.token if isinstance(found, Ear) else ""
@@ -308,7 +316,8 @@ class ReleaseDesk:
         await self._store.write(lambda transaction: transaction.append(entry, time_ms=_ms(self._clock())))
 
 
-def _policy_of(stored: StoredKey) -> ReleasePolicy | None:
+def policy_in_force(stored: StoredKey) -> ReleasePolicy | None:
+    """Return what a key is released under now, None when nothing is."""
     return _parse(stored.policy_yaml) if stored.policy_yaml else None
 
 

@@ -10,18 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any, Final
 
 import jwt
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from cloister.ear.members import Members, TokenRejected, b64, digest_text, parse_object, unb64
 from cloister.ear.shape import read_claims
 from cloister.ear.values import ALGORITHM, MAX_LIFETIME, PROFILE, TYPE, Ear
 
 MAX_TOKEN_CHARS: Final = 16 * 1024  # a token with 64 data sets has about 9,000
+_SIGNATURE_SIZE: Final = 64
 
 
 def public_jwk(key: ec.EllipticCurvePublicKey) -> dict[str, str]:
@@ -105,17 +112,28 @@ def _claims(ear: Ear, issued: int, expires: int) -> dict[str, Any]:
     }
 
 
-def verify(
-    token: str, *, keys: Sequence[Mapping[str, str]], issuer: str, audience: str, now: datetime, leeway_s: int = 30
-) -> Ear:
-    """Return what an authentic, current token for this audience says; raise TokenRejected for anything else.
+@dataclass(frozen=True, slots=True)
+class Authentic:
+    """What a token says whose signature was verified: true of it for ever, whatever the time is."""
 
-    `keys` are the token keys of the trust bundle (JWKs with `kid`). The caller still compares
-    `certificate_sha256` with its peer's certificate, `hpke_key_digest` with the key it seals to, and `nonces`.
+    ear: Ear
+    not_before: datetime
+
+
+def authenticate(token: str, *, keys: Sequence[Mapping[str, str]]) -> Authentic:
+    """Return what an authentic token says; raise TokenRejected for anything else. Its time and audience are unchecked.
+
+    `keys` are the token keys of the trust bundle (JWKs with `kid`).
     """
     header = _header(token)
     payload = _signed_payload(token, _key_of(header["kid"], keys))
     ear, not_before = read_claims(Members("payload", parse_object(payload, "payload")))
+    return Authentic(ear, not_before)
+
+
+def current(authentic: Authentic, *, issuer: str, audience: str, now: datetime, leeway_s: int = 30) -> Ear:
+    """Return the result if it is of this issuer, for this audience, at this time; raise TokenRejected otherwise."""
+    ear, not_before = authentic.ear, authentic.not_before
     if ear.issuer != issuer:
         raise TokenRejected("iss", f"issued by {ear.issuer}, not by {issuer}")
     if ear.audience != audience:
@@ -130,6 +148,41 @@ def verify(
     if not timedelta() < ear.expires_at - ear.issued_at <= MAX_LIFETIME:
         raise TokenRejected("lifetime", f"lives for {ear.expires_at - ear.issued_at}, more than {MAX_LIFETIME}")
     return ear
+
+
+def verify(
+    token: str, *, keys: Sequence[Mapping[str, str]], issuer: str, audience: str, now: datetime, leeway_s: int = 30
+) -> Ear:
+    """Return what an authentic, current token for this audience says; raise TokenRejected for anything else.
+
+    `keys` are the token keys of the trust bundle (JWKs with `kid`). The caller still compares
+    `certificate_sha256` with its peer's certificate, `hpke_key_digest` with the key it seals to, and `nonces`.
+    """
+    found = authenticate(token, keys=keys)
+    return current(found, issuer=issuer, audience=audience, now=now, leeway_s=leeway_s)
+
+
+class AuthenticTokens:
+    """The tokens last authenticated under one set of keys. A token is shown several times within its five minutes."""
+
+    def __init__(self, capacity: int = 1024) -> None:
+        self._capacity = capacity  # tokens; 3 kB each, 16 at most
+        self._keys: Sequence[Mapping[str, str]] = ()
+        self._found: OrderedDict[str, Authentic] = OrderedDict()
+
+    def authenticate(self, token: str, *, keys: Sequence[Mapping[str, str]]) -> Authentic:
+        """Do what `authenticate` does, once for each token and set of keys. Rejected tokens are not remembered."""
+        if keys is not self._keys and keys != self._keys:
+            self._found.clear()
+        self._keys = keys
+        found = self._found.get(token)
+        if found is None:
+            found = self._found[token] = authenticate(token, keys=keys)
+            if len(self._found) > self._capacity:
+                self._found.popitem(last=False)
+        else:
+            self._found.move_to_end(token)
+        return found
 
 
 def read_unverified(token: str) -> Ear:
@@ -172,16 +225,27 @@ def _key_of(kid: str, keys: Sequence[Mapping[str, str]]) -> ec.EllipticCurvePubl
         if (jwk.get("kty"), jwk.get("crv")) != ("EC", "P-256"):
             raise TokenRejected("kid", "the key of this id is not a P-256 key")
         try:
-            x, y = (int.from_bytes(unb64(jwk[name]), "big") for name in ("x", "y"))
-            return ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1()).public_key()
+            return _public_key(jwk["x"], jwk["y"])
         except (KeyError, ValueError):
             raise TokenRejected("kid", "the key of this id is malformed") from None
     raise TokenRejected("kid", "signed by a key that is not in the trust bundle")
 
 
+@lru_cache(maxsize=16)  # a bundle has a key or two
+def _public_key(x: str, y: str) -> ec.EllipticCurvePublicKey:
+    at_x, at_y = (int.from_bytes(unb64(coordinate), "big") for coordinate in (x, y))
+    return ec.EllipticCurvePublicNumbers(at_x, at_y, ec.SECP256R1()).public_key()
+
+
 def _signed_payload(token: str, key: ec.EllipticCurvePublicKey) -> bytes:
+    """Verify ES256 (RFC 7518, 3.4: r and s, 32 bytes each) over the first two parts; return the second, decoded."""
+    signed, _, encoded = token.rpartition(".")
+    signature = unb64(encoded)
     try:
-        payload = jwt.PyJWS().decode(token, key, algorithms=[ALGORITHM])
-    except jwt.PyJWTError:
+        if len(signature) != _SIGNATURE_SIZE:
+            raise InvalidSignature
+        r, s = (int.from_bytes(half, "big") for half in (signature[:32], signature[32:]))
+        key.verify(encode_dss_signature(r, s), signed.encode("ascii"), ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
         raise TokenRejected("signature", "does not verify under the key of its kid") from None
-    return bytes(payload)
+    return unb64(signed.partition(".")[2])

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import random  # noqa: TID251 - chooses keys to ask for
@@ -34,7 +33,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import uvloop
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from cloister import hpke
@@ -101,16 +102,16 @@ async def as_broker(directory: Path) -> None:
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         while command := (await reader.readline()).decode().strip():
             if command == "floor":
-                print(json.dumps(floor(broker)), flush=True)
+                print(json.dumps(floor()), flush=True)
             elif command == "log":
                 print(json.dumps(await log_times(broker)), flush=True)
 
 
-def floor(broker: Broker) -> dict[str, float]:
+def floor() -> dict[str, float]:
     """Return the microseconds of each step of a release's own cryptography, medians."""
     private = ec.generate_private_key(ec.SECP256R1())
     message = secrets.token_bytes(2000)
-    signature = private.sign(message, ec.ECDSA(hashes_sha256()))
+    signature = private.sign(message, ec.ECDSA(hashes.SHA256()))
     public = private.public_key()
     recipient = HpkeKeyPair.generate().public_bytes
     secret = SecretBytes(secrets.token_bytes(32))
@@ -122,22 +123,14 @@ def floor(broker: Broker) -> dict[str, float]:
         wrapped()
 
     return {
-        "token_us": microseconds(lambda: public.verify(signature, message, ec.ECDSA(hashes_sha256()))),
+        "token_us": microseconds(lambda: public.verify(signature, message, ec.ECDSA(hashes.SHA256()))),
         "unwrap_us": microseconds(unwrap),
         "seal_us": microseconds(lambda: hpke.seal(recipient, secret, info=message[:400])),
         "receipt_us": microseconds(lambda: receipt.sign(message[:600])),
     }
 
 
-def hashes_sha256() -> Any:
-    from cryptography.hazmat.primitives import hashes
-
-    return hashes.SHA256()
-
-
 def gcm_box() -> Callable[[], bytes]:
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
     key, nonce, aad = secrets.token_bytes(32), secrets.token_bytes(12), secrets.token_bytes(100)
     sealed = AESGCM(key).encrypt(nonce, secrets.token_bytes(32), aad)
     return lambda: AESGCM(key).decrypt(nonce, sealed, aad)
@@ -201,7 +194,7 @@ async def as_builder(directory: Path, records: int, keys: int) -> None:
     configure("keybroker", "json")
     async with a_served_broker(directory) as (broker, _):
         await broker.create_key(policy_document(**POLICY))
-        for chunk in itertools.batched(range(1, keys), 100) if sys.version_info >= (3, 12) else chunks(1, keys, 100):
+        for chunk in chunks(1, keys, 100):
             await asyncio.gather(*(broker.create_key(policy_document(key_uri(n), **POLICY), key_uri(n)) for n in chunk))
         have = await broker.store.read(lambda t: t.log.head().size)
         for begin in range(have, records, 5_000):
@@ -237,13 +230,13 @@ class Load:
     def token(self, at: datetime | None = None) -> str:
         now = at or datetime.now(UTC)
         found = sample_ear(role=Role.RANK, now=now)
-        ear: Ear = _replaced(
+        ear: Ear = replace(
             found,
             spiffe_id=str(RANK),
             token_id=secrets.token_hex(16),
             certificate_sha256=self.certificate_sha256,
             hpke_key_digest=sha384(self.hpke.public_bytes),
-            workload=_replaced(found.workload, tenant=TENANT, job="bench", rank=0),
+            workload=replace(found.workload, tenant=TENANT, job="bench", rank=0),
         )
         return issue(ear, key=self.token_key, key_id=self.token_key_id)
 
@@ -286,12 +279,6 @@ class Load:
     def resident_mib(self) -> float:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0]) / 1024
-
-
-def _replaced(value: Any, **changes: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(value, **changes)
 
 
 @asynccontextmanager

@@ -64,8 +64,10 @@ class AtomicFile:
     on, so every later call raises it again.
     """
 
-    def __init__(self, path: Path, *, mode: int = 0o600) -> None:
+    def __init__(self, path: Path, *, mode: int = 0o600, durable_name: bool = True) -> None:
+        """`durable_name`: sync the directory, too; otherwise the caller does, once for many files."""
         self.path = path
+        self._durable_name = durable_name
         self._temporary = path.parent / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
         self._failed: CloisterError | None = None
         self._descriptor = -1
@@ -89,15 +91,36 @@ class AtomicFile:
             raise self._failed from error
         return size
 
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write all of the bytes at an offset; several threads may do so at once. Leaves the position of `write`."""
+        if self._failed:
+            raise self._failed
+        try:
+            while data:
+                count = os.pwrite(self._descriptor, data, offset)
+                data, offset = data[count:], offset + count
+        except OSError as error:
+            self._failed = self._error(error)
+            raise self._failed from error
+
+    def fileno(self) -> int:
+        """Return the open file, for whoever writes to it by offset."""
+        return self._descriptor
+
+    def seek(self, offset: int) -> None:
+        """Let `write` go on at this offset, behind what `write_at` wrote."""
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
+
     def commit(self) -> None:
-        """Sync, rename over the old file and sync the directory."""
+        """Sync, rename over the old file and (unless the caller does) sync the directory."""
         if self._failed:
             raise self._failed
         try:
             os.fsync(self._descriptor)
             self._close()
             self._temporary.replace(self.path)
-            sync_directory(self.path.parent)
+            if self._durable_name:
+                sync_directory(self.path.parent)
         except OSError as error:
             self._failed = self._error(error)
             self.discard()

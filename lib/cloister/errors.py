@@ -144,6 +144,12 @@ class Code(enum.Enum):
     KEY_STATE = CodeInfo(1313, Kind.STATE, "the key is in a state that does not allow this")
     KEY_QUOTA = CodeInfo(1314, Kind.EXHAUSTED, "the tenant has as many keys, or the key as many versions, as allowed")
     DATASET_VERSION = CodeInfo(1315, Kind.STATE, "the version of a data set does not follow the newest one known")
+    CASE_FAILED = CodeInfo(1320, Kind.USAGE, "an example case of the policy does not come out as it says")
+    APPROVALS_MISSING = CodeInfo(1321, Kind.DENIED, "not enough of those whom the policy names have approved")
+    APPROVAL_INVALID = CodeInfo(
+        1322, Kind.UNAUTHENTIC, "an approval has expired, is of nobody whom the policy names, or for another policy"
+    )
+    LEASE_ENDED = CodeInfo(1323, Kind.DENIED, "the lease on a key ended and was not renewed")
     CUSTODIAN_UNAVAILABLE = CodeInfo(1340, Kind.UNAVAILABLE, "the back end behind the key broker cannot be reached")
     CUSTODIAN_REFUSED = CodeInfo(1341, Kind.STATE, "the back end refuses the key broker's credentials or its request")
     CUSTODIAN_KEY_LOST = CodeInfo(1342, Kind.STATE, "the back end does not have its part of a key any more")
@@ -197,12 +203,13 @@ class CloisterError(Exception):
     Never put a secret, another tenant's name or a server-side path into it.
     """
 
-    def __init__(self, code: Code, *, what: str, why: str = "", todo: str = "") -> None:
+    def __init__(self, code: Code, *, what: str, why: str = "", todo: str = "", block: str = "") -> None:
         super().__init__(what)
         self.code = code
         self.what = what
         self.why = why
         self.todo = todo
+        self.block = block  # of a release policy: the first that refused
 
     @property
     def kind(self) -> Kind:

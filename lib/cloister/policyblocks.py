@@ -63,6 +63,13 @@ class BlockReader:
         self._allowed.append(name)
         return name in self._members
 
+    def takes(self, name: str, text: str) -> bool:
+        """Take a key that stands for this very text; leave any other value to be read otherwise."""
+        if self._members.get(name) != text:
+            return False
+        del self._members[name]
+        return True
+
     def text(self, name: str) -> str:
         """Take a required text."""
         return self.parsed(name, lambda text: text, "a text")
@@ -141,6 +148,16 @@ class BlockReader:
         if not self.has(name):
             self._refuse(path, "missing", "this block is required")
         return BlockReader(self._document, path, self._members.pop(name))
+
+    def blocks(self, name: str, most: int) -> tuple[BlockReader, ...]:
+        """Take a required list of 1 to `most` blocks."""
+        path = (*self._path, name)
+        if not self.has(name):
+            self._refuse(path, "missing", "write a list of blocks")
+        value = self._members.pop(name)
+        if not isinstance(value, list) or not 0 < len(value) <= most:
+            self._refuse(path, f"a list of 1 to {most} blocks is wanted here", "write one block for each entry")
+        return tuple(BlockReader(self._document, (*path, i), item) for i, item in enumerate(value))
 
     def optional(self, name: str) -> BlockReader | None:
         """Take a block that may be absent; present and empty is an error of whoever reads it."""

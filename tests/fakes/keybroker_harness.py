@@ -224,12 +224,11 @@ class Broker:
         await self.owners.create(owner(), uri, purposes, yaml)
 
     async def replace_policy(self, **when: Any) -> None:
-        """Put the next policy of KEY in force; `when` as for policy_document, release= replaces that block."""
+        """Put the next policy of KEY in force; `when` as for policy_document, release=, cases= and change= besides."""
         record = (await self.owners.get(owner(), KEY)).record
-        release = when.pop("release", None)
+        blocks = {name: when.pop(name) for name in ("release", "cases", "change") if name in when}
         document = policy_document(version=record.policy_version + 1, previous=record.policy_digest, **when)
-        if release is not None:
-            document["spec"]["release"] = release
+        document["spec"] |= blocks
         await self.owners.put_policy(owner(), KEY, as_yaml(document))
 
     async def log(self, tenant: str = TENANT) -> list[LoggedEntry]:

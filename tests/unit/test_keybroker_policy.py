@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cloister.cli.policyfile import PolicyDraft
+from cloister.didkey import did_key
 from cloister.errors import CloisterError, Code
 from cloister.hpke import KEM_MLKEM768_X25519
 from cloister.policyblocks import TCB_STATUSES, canonical, digest_of
 from cloister.release.keys import Purpose
-from cloister.release.policy import MEASUREMENTS, WRAPS, SpiffeGlob, parse_policy
+from cloister.release.policy import MEASUREMENTS, WRAPS, ApprovalRule, SpiffeGlob, parse_policy
 from fakes.keybroker_harness import KEY, OWNER, Document, as_yaml, policy_document
 
 DIGEST = "sha384:" + "23" * 48
@@ -192,9 +194,33 @@ def test_a_value_that_is_not_allowed_is_refused_with_what_is(path: tuple[str, ..
         raise AssertionError(error.todo)
 
 
-def test_approvals_are_refused_rather_than_ignored() -> None:
-    error = refused(changed("spec", "release", "approvals", value={"threshold": "2", "of": ["did:key:a"]}))
-    assert "not supported yet" in error.what
+APPROVERS = [did_key(Ed25519PrivateKey.from_private_bytes(bytes([n] * 32))) for n in range(17)]
+
+
+def test_approvals_are_read_for_a_release_and_for_a_change() -> None:
+    document = changed("spec", "release", "approvals", value={"threshold": "2", "of": APPROVERS[:3]})
+    document["spec"]["change"] = {"approvals": {"threshold": "1", "of": APPROVERS[3:4]}}
+    policy = parse_policy(as_yaml(document))
+    assert policy.approvals == ApprovalRule(2, tuple(APPROVERS[:3]))
+    assert policy.change == ApprovalRule(1, (APPROVERS[3],))
+
+
+@pytest.mark.parametrize(
+    ("threshold", "of", "why"),
+    [
+        ("0", APPROVERS[:2], "threshold"),
+        ("3", APPROVERS[:2], "threshold"),
+        ("1", [], "nothing would ever pass"),
+        ("1", [APPROVERS[0], APPROVERS[0]], "stands twice"),
+        ("1", ["did:key:a"], "did:key:a"),
+        ("1", APPROVERS, "more than 16"),
+    ],
+)
+def test_approvals_nobody_could_give_or_that_do_not_count_are_refused(threshold: str, of: list[str], why: str) -> None:
+    for path in (("release", "approvals"), ("change", "approvals")):
+        error = refused(changed("spec", *path, value={"threshold": threshold, "of": of}))
+        assert why in error.what
+        assert f"spec.{path[0]}.approvals" in error.what
 
 
 def test_a_successor_without_its_predecessor_is_refused() -> None:

@@ -30,7 +30,7 @@ NONCE = b"\x0b" * 32
 HPKE_KEY = b"\x77" * 1216
 BACKEND = SpiffeId.of_backend(TRUST_DOMAIN, tenant=TENANT, model="reviews", backend="b-0")
 PEER = Peer(RANK, bytes(range(32)), "TLSv1.3", "X25519MLKEM768")
-REQUEST = Request(KEY, 1, Purpose.TRAIN, NONCE, KEM_MLKEM768_X25519, HPKE_KEY)
+REQUEST = Request(KEY, 1, Purpose.TRAIN, NONCE, KEM_MLKEM768_X25519, sha384(HPKE_KEY))
 COUNTERS = Counters("", 0)
 SCRIPT = {"script": [digest_text(b"\x23" * 48)]}
 
@@ -54,7 +54,16 @@ def a_policy(release: dict[str, str] | None = None, **when: Any) -> ReleasePolic
 
 
 def a_key(policy: ReleasePolicy, **changes: Any) -> KeyRecord:
-    record = KeyRecord(KEY, str(OWNER), KeyState.ENABLED, frozenset(Purpose), 1, 0, policy.version, policy.digest)
+    record = KeyRecord(
+        uri=KEY,
+        owner=str(OWNER),
+        signer="did:key:z6Mk",
+        state=KeyState.ENABLED,
+        purposes=frozenset(Purpose),
+        created_ms=0,
+        policy_version=policy.version,
+        policy_digest=policy.digest,
+    )
     return dataclasses.replace(record, **changes)
 
 
@@ -136,7 +145,7 @@ def test_the_order_is_the_protocols() -> None:
         ("channel", {"peer": dataclasses.replace(PEER, tls_version="TLSv1.2")}),
         ("token", {"ear": TokenRejected("exp", "expired")}),
         ("token.certificate", {"peer": dataclasses.replace(PEER, certificate_sha256=bytes(32))}),
-        ("token.hpke_key", {"request": dataclasses.replace(REQUEST, hpke_public_key=b"\x78" * 1216)}),
+        ("token.hpke_key", {"request": dataclasses.replace(REQUEST, hpke_key_digest=sha384(b"another"))}),
         ("token.status", {"ear": dataclasses.replace(an_ear(), status="warning"), "policy": a_policy(workload=SCRIPT)}),
         ("nonce", {"counters": Counters("a nonce that has expired", 0)}),
         ("policy.key.uri", {"request": dataclasses.replace(REQUEST, key=OTHER_KEY)}),
@@ -310,7 +319,7 @@ def test_a_service_is_never_given_a_key(role: Role) -> None:
 
 
 def test_without_a_policy_nothing_is_released() -> None:
-    record = KeyRecord(KEY, str(OWNER), KeyState.ENABLED, frozenset(Purpose), 1, 0)
+    record = a_key(a_policy())
     decision = decide(REQUEST, an_ear(), PEER, None, record, COUNTERS, NOW)
     assert failed(decision) == ["policy"]
     assert denial(REQUEST, decision).code is Code.RELEASE_DENIED

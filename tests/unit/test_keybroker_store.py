@@ -68,7 +68,10 @@ async def test_a_store_continues_where_it_was(tmp_path: Path) -> None:
     async with a_broker(tmp_path) as broker:
         await broker.td().release()
         keys = await broker.owners.list(owner(), after="", limit=10)
-        assert [(key.uri, key.state) for key in keys] == [(KEY, KeyState.ENABLED), (OTHER_KEY, KeyState.DISABLED)]
+        assert [(key.record.uri, key.record.state) for key in keys] == [
+            (KEY, KeyState.ENABLED),
+            (OTHER_KEY, KeyState.DISABLED),
+        ]
         assert [logged.index for logged in await broker.log()] == [4, 3, 2, 1, 0]
 
 
@@ -91,7 +94,21 @@ async def test_another_root_key_is_recognised_and_changes_nothing(tmp_path: Path
         "UPDATE keys SET policy_version = 0, policy_digest = x''",
         "UPDATE keys SET newest = 2",
         "UPDATE keys SET state = 'open'",
+        "UPDATE keys SET signer = 'did:key:z6Mk'",
+        "UPDATE keys SET min_version = 0",
+        "UPDATE keys SET destroy_at_ms = -1",
+        "UPDATE keys SET imported = 1",
+        "UPDATE keys SET policy_withdrawn = 1",
+        "UPDATE keys SET publications = 1",
+        "UPDATE keys SET published = x'00'",
         "UPDATE keys SET mac = x'00'",
+        "UPDATE key_versions SET handle = CAST(handle || x'00' AS BLOB)",
+        "UPDATE key_versions SET version = version + 1",
+        "UPDATE key_versions SET backend = 'ehsm'",
+        "UPDATE key_versions SET created_ms = -1",
+        "INSERT INTO key_versions SELECT uri, 2, handle, backend, created_ms, mac FROM key_versions",
+        "DELETE FROM key_versions",
+        f"INSERT INTO publications VALUES ('{KEY}', 1, 'reviews', 1, x'00', x'00')",
         "DELETE FROM key_versions; DELETE FROM policies; DELETE FROM keys",
         "DELETE FROM store",
         "UPDATE store SET canary = x'00'",
@@ -154,16 +171,6 @@ async def test_an_old_row_put_back_is_found_by_the_log(tmp_path: Path) -> None:
 )
 async def test_an_edited_policy_is_refused_when_it_is_used(tmp_path: Path, statement: str) -> None:
     edit(await a_used_store(tmp_path), statement)
-    async with a_broker(tmp_path) as broker:
-        with pytest.raises(CloisterError) as caught:
-            await broker.td().release()
-        assert caught.value.code is Code.STORE_DAMAGED
-
-
-@pytest.mark.parametrize("column", ["handle", "version"])
-async def test_an_edited_version_is_refused_when_it_is_used(tmp_path: Path, column: str) -> None:
-    value = "CAST(handle || x'00' AS BLOB)" if column == "handle" else "version + 1"
-    edit(await a_used_store(tmp_path), f"UPDATE key_versions SET {column} = {value}")
     async with a_broker(tmp_path) as broker:
         with pytest.raises(CloisterError) as caught:
             await broker.td().release()
@@ -431,5 +438,5 @@ async def test_keys_are_listed_in_pages(tmp_path: Path) -> None:
         await broker.create_key()
         await broker.create_key(uri=OTHER_KEY)
         first = await broker.owners.list(owner(), after="", limit=1)
-        rest = await broker.owners.list(owner(), after=str(first[0].uri), limit=5)
-        assert [key.uri for key in (*first, *rest)] == [KEY, OTHER_KEY]
+        rest = await broker.owners.list(owner(), after=str(first[0].record.uri), limit=5)
+        assert [key.record.uri for key in (*first, *rest)] == [KEY, OTHER_KEY]

@@ -4,16 +4,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cloister.didkey import did_key
 from cloister.errors import CloisterError, Code
 from cloister.sealed.manifest import FileEntry, Manifest
 from cloister.sealed.segments import Layout
 from fakes.sealed_material import KEY_URI, data_key
 
+OWNER = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+SIGNER = did_key(OWNER)
 ENTRY = FileEntry("train.tsv", 1000, 1000 + 40 + 5 * 16, 256, 1, "00" * 16, "28" + "11" * 39)
 
 
@@ -65,6 +70,11 @@ def test_another_key_does_not_verify() -> None:
         {"parent": "AA" * 48},
         {"key_uri": "nonsense"},
         {"mac": "00" * 31},
+        {"signer": "did:key:z6Mk", "signature": "00" * 64},
+        {"signature": "00" * 64},
+        {"signer": SIGNER},
+        {"signer": SIGNER, "signature": "00" * 63},
+        {"signer": None},
         {"files": []},
         {"files": {}},
         {"files": [1]},
@@ -120,3 +130,41 @@ def test_a_length_that_no_writer_makes_is_refused_or_is_one_that_a_writer_makes(
     except ValueError:
         return
     assert layout.stream_length(length) == stream_length
+
+
+def signed() -> Manifest:
+    return Manifest("reviews", 1, b"", KEY_URI, (ENTRY,)).signed(data_key().secret, OWNER)
+
+
+def test_anybody_can_check_who_signed() -> None:
+    made = Manifest.parse(signed().to_bytes())
+    assert made.signer == SIGNER
+    made.verify_signature(name="m")
+    made.verify(data_key().secret, name="m")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"dataset": "others"},
+        {"files": (replace(ENTRY, file_id="22" * 16),)},
+        {"signature": bytes(64)},
+        {"signer": did_key(Ed25519PrivateKey.generate())},
+        {"signer": "", "signature": b""},
+    ],
+)
+def test_a_signature_is_over_everything(change: dict[str, object]) -> None:
+    changed = replace(signed(), **change)  # type: ignore[arg-type]
+    with pytest.raises(CloisterError, match=r"signature|signed"):
+        changed.verify_signature(name="m")
+    with pytest.raises(CloisterError):
+        changed.verify(data_key().secret, name="m")
+
+
+def test_a_holder_of_the_data_key_cannot_sign_for_the_owner() -> None:
+    """Whoever has the DEK can make the MAC anew, but not the signature."""
+    forged = replace(signed(), version=2)
+    forged = replace(forged, mac=forged._mac(data_key().secret))
+    with pytest.raises(CloisterError, match="signature"):
+        forged.verify(data_key().secret, name="m")

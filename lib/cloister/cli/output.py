@@ -175,4 +175,5 @@ def error_document(error: CloisterError) -> dict[str, str]:
         "what": error.what,
         "why": error.why,
         "todo": error.todo,
+        **({"block": error.block} if error.block else {}),
     }

@@ -3,6 +3,8 @@
 
 keys.py     purposes and states of keys, what a role may ask for
 policy.py   the release policy: closed YAML -> `ReleasePolicy`
+claims.py   the example cases a policy carries
+cases.py    what becomes of them
 blocks.py   one check with what it wanted and got; the verdict over all of them
 decide.py   request + attestation result + policy + key + counters + time -> blocks, and the denial in people's words
 """

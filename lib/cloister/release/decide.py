@@ -5,7 +5,7 @@ Every check becomes a `Block` with what was wanted and what was got, in this ord
 
  1. channel: TLS 1.3                                     5. the policy in force, and the key and purpose it is for
  2. caller: a rank or a backend, by its one SPIFFE id    6. every block of `when`
- 3. token: authentic, current, about this caller,        7. release: wrapping, how often for this job
+ 3. token: authentic, current, about this caller,        7. release: wrapping, how often, approvals
     this certificate and this HPKE key                   8. key: the version is there, the key is enabled,
  4. nonce: of this broker, unused, for this request         it has the purpose
 
@@ -30,7 +30,6 @@ from cloister.policyblocks import digest_text
 from cloister.release.blocks import Block, Decision
 from cloister.release.keys import ROLE_PURPOSES, KeyFacts, KeyState, Purpose
 from cloister.release.policy import SEALED_EVENT, WRAPS, ReleasePolicy
-from cloister.tlv import sha384
 
 _MAX_TEXT: Final = 400  # characters of wanted or got: a log entry stays readable and small
 _MISSING: Final = "missing"
@@ -56,7 +55,8 @@ class Request:
     purpose: Purpose
     broker_nonce: bytes
     hpke_kem_id: int
-    hpke_public_key: bytes
+    hpke_key_digest: bytes  # SHA-384 of the public key that will be sealed to
+    renewal: bool = False  # a longer lease on a data key that the workload holds: nothing more is handed out
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,7 @@ class Counters:
 
     nonce_problem: str  # empty: given out for this very request, and taken now
     released_to_job: int  # grants of this key to this job under this policy
+    approvers: frozenset[str] = frozenset()  # did:keys whose approval of this very release holds now
 
 
 def decide(
@@ -79,8 +80,9 @@ def decide(
     """Return the decision. `ear` is what `cloister.ear.verify` returned or raised."""
     blocks = [_text_block("channel", caller.tls_version == "TLSv1.3", "TLSv1.3", _channel(caller)), _role(caller)]
     problem = counters.nonce_problem
-    wanted = "a nonce of BeginRelease"
-    nonce = _text_block("nonce", not problem, f"{wanted}, for this request", problem or wanted)
+    # What was used up stands in the log: whoever decides again later (replay) has to know it.
+    got = problem or request.broker_nonce.hex()
+    nonce = _text_block("nonce", not problem, "a nonce of BeginRelease, for this request", got)
     if isinstance(ear, TokenRejected):
         return Decision((*blocks, _text_block("token", False, f"token.{ear.check}", ear.reason), nonce))
     blocks += [*_token(request, ear, caller, policy), nonce]
@@ -111,6 +113,7 @@ def denial(request: Request, decision: Decision) -> CloisterError:
         what=f"{request.key} is not released for {request.purpose.value}: block {block.name}",
         why=f"wanted {block.wanted}; got {block.got}",
         todo=todo,
+        block=block.name,
     )
 
 
@@ -124,6 +127,10 @@ _ADVICE: Final[dict[str, tuple[Code, str]]] = {
     "evidence.nonce": (Code.RELEASE_DENIED, "attest again with the nonce of BeginRelease as relying-party nonce"),
     "evidence.max_age": (Code.RELEASE_DENIED, "attest again and show the new attestation result"),
     "policy": (Code.RELEASE_DENIED, "the key's owner puts a release policy in force"),
+    "release.approvals": (
+        Code.APPROVALS_MISSING,
+        "have approvers sign for this job with cloister policy approve, and submit what they signed",
+    ),
     "key.state": (Code.KEY_DISABLED, "the key's owner enables it"),
     "data_key": (Code.WRAPPED_KEY_INVALID, "use the wrapped key from the header of an object sealed with this key"),
 }
@@ -157,9 +164,8 @@ def _token(request: Request, ear: Ear, caller: Peer, policy: ReleasePolicy | Non
     same = hmac.compare_digest(ear.certificate_sha256, caller.certificate_sha256)
     # The wanted value is this channel's: whoever shows a stolen token sees only their own certificate and the theft.
     yield _text_block("token.certificate", same, caller.certificate_sha256.hex(), ear.certificate_sha256.hex())
-    public = sha384(request.hpke_public_key)
-    same = hmac.compare_digest(ear.hpke_key_digest, public)
-    yield _text_block("token.hpke_key", same, digest_text(ear.hpke_key_digest), digest_text(public))
+    same = hmac.compare_digest(ear.hpke_key_digest, request.hpke_key_digest)
+    yield _text_block("token.hpke_key", same, digest_text(ear.hpke_key_digest), digest_text(request.hpke_key_digest))
     # attest warns of a platform that is not up to date, and of collateral that is old. That passes where the policy
     # itself says which of both will do; its blocks below decide.
     explicit = policy is not None and policy.tee.tcb is not None and policy.tee.collateral_max_age is not None
@@ -261,17 +267,22 @@ def _release(request: Request, policy: ReleasePolicy, counters: Counters) -> Ite
     got = names.get(request.hpke_kem_id, f"KEM {request.hpke_kem_id:#06x}")
     ok = request.hpke_kem_id in policy.kem_ids and request.hpke_kem_id == KEM_MLKEM768_X25519
     yield _text_block("release.wrap", ok, wanted, got)
-    if policy.max_per_job is not None:
+    if policy.max_per_job is not None and not request.renewal:
         ok = counters.released_to_job < policy.max_per_job
         yield _text_block(
             "release.max_per_job", ok, f"at most {policy.max_per_job}", f"{counters.released_to_job} before this one"
         )
+    if policy.approvals is not None:
+        rule, found = policy.approvals, [name for name in policy.approvals.of if name in counters.approvers]
+        wanted = f"{rule.threshold} of {', '.join(rule.of)}"
+        # Not cut: the names are few and of one length, and a replay counts them again.
+        yield Block("release.approvals", len(found) >= rule.threshold, wanted, ", ".join(found) or "none")
 
 
 def _key(request: Request, caller: Peer, key: KeyFacts) -> Iterable[Block]:
     """Step 8."""
-    ok = 1 <= request.key_version <= key.newest
-    yield _text_block("key.version", ok, f"1 to {key.newest}", str(request.key_version))
+    ok = key.min_version <= request.key_version <= key.newest
+    yield _text_block("key.version", ok, f"{key.min_version} to {key.newest}", str(request.key_version))
     yield _text_block("key.state", key.state is KeyState.ENABLED, KeyState.ENABLED.value, key.state.value)
     allowed = ROLE_PURPOSES.get(caller.spiffe_id.role, frozenset()) & key.purposes
     wanted = " or ".join(sorted(purpose.value for purpose in allowed)) or "none for this role"

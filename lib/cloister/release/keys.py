@@ -49,6 +49,8 @@ class KeyFacts(Protocol):
     @property
     def newest(self) -> int: ...  # version, from 1
     @property
+    def min_version(self) -> int: ...  # oldest that still opens what it wrapped
+    @property
     def policy_version(self) -> int: ...  # 0: no policy, nothing is released
     @property
     def policy_digest(self) -> bytes: ...  # 48 bytes, empty without a policy

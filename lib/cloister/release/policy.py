@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Final
 
+from cloister.didkey import is_did_key
 from cloister.errors import CloisterError
 from cloister.hpke import KEM_MLKEM768_X25519
 from cloister.identity import Role, SpiffeId, is_name
@@ -29,6 +30,7 @@ from cloister.policyblocks import (
     read_document,
     refuse,
 )
+from cloister.release.claims import Case, read_cases
 from cloister.release.keys import Purpose
 from cloister.strictyaml import Document
 
@@ -41,6 +43,7 @@ SEALED_EVENT: Final = "cloister.workload.sealed"
 _MAX_AGE_DEFAULT: Final = timedelta(minutes=5)
 _LEASE_DEFAULT: Final = timedelta(hours=1)
 _MAX_VERSION: Final = 2**31 - 1
+MAX_APPROVERS: Final = 16  # their names still fit into one line of a decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,14 @@ class WorkloadRule:
 
 
 @dataclass(frozen=True, slots=True)
+class ApprovalRule:
+    """How many of whom have to have signed."""
+
+    threshold: int
+    of: tuple[str, ...]  # did:key
+
+
+@dataclass(frozen=True, slots=True)
 class SpiffeGlob:
     """A SPIFFE id in which `*` stands for one whole segment."""
 
@@ -82,20 +93,23 @@ class SpiffeGlob:
     @classmethod
     def parse(cls, text: str) -> SpiffeGlob | None:
         """Parse a pattern of ranks or backends; None when no rank or backend could ever match it."""
-        segments = tuple(text.split("/"))
-        example = "/".join("0" if segment == "*" else segment for segment in segments)
+        glob = cls(tuple(text.split("/")))
         try:
-            role = SpiffeId.parse(example).role
+            role = glob.example().role
         except CloisterError:
             return None
         # A pattern such as spiffe://*/... would let the trust domain vary, and "0" is a domain.
-        return cls(segments) if role in (Role.RANK, Role.BACKEND) and segments[2] != "*" else None
+        return glob if role in (Role.RANK, Role.BACKEND) and glob.segments[2] != "*" else None
 
     def matches(self, spiffe_id: str) -> bool:
         segments = spiffe_id.split("/")
         return len(segments) == len(self.segments) and all(
             pattern in ("*", segment) for pattern, segment in zip(self.segments, segments, strict=True)
         )
+
+    def example(self) -> SpiffeId:
+        """Return an id that matches; raise CloisterError(CALLER_UNKNOWN) when there is none."""
+        return SpiffeId.parse("/".join("0" if segment == "*" else segment for segment in self.segments))
 
     def __str__(self) -> str:
         return "/".join(self.segments)
@@ -121,6 +135,9 @@ class ReleasePolicy:
     kem_ids: tuple[int, ...]
     max_per_job: int | None
     lease: timedelta
+    approvals: ApprovalRule | None  # for a release
+    change: ApprovalRule | None  # for the successor of this policy, besides its owner's signature
+    cases: tuple[Case, ...]
     digest: bytes  # 48 bytes
 
 
@@ -144,6 +161,7 @@ def _policy(document: Document) -> ReleasePolicy:
         todo = "leave it out of version 1; from version 2 on it is the digest of the policy before"
         metadata.refuse("previous", f"does not fit version {version}", todo)
     key, when, release = spec.block("key"), spec.block("when"), spec.optional("release")
+    change, cases = spec.optional("change"), read_cases(spec)
     spec.end()
     uri = key.parsed("uri", _uri, "a key URI such as cloister-key://hospital-a/datasets/reviews")
     if SpiffeId.parse(owner).tenant != uri.tenant:
@@ -159,7 +177,7 @@ def _policy(document: Document) -> ReleasePolicy:
     identities = _identities(when.optional("identity"))
     max_age, broker_nonce = _evidence(when.optional("evidence"))
     when.end()
-    kem_ids, max_per_job, lease = _release(release)
+    kem_ids, max_per_job, lease, approvals = _release(release)
     return ReleasePolicy(
         name=name,
         version=version,
@@ -177,6 +195,9 @@ def _policy(document: Document) -> ReleasePolicy:
         kem_ids=kem_ids,
         max_per_job=max_per_job,
         lease=lease,
+        approvals=approvals,
+        change=_change(change) if change else None,
+        cases=cases,
         digest=digest_of(document.root),
     )
 
@@ -257,18 +278,33 @@ def _evidence(block: BlockReader | None) -> tuple[timedelta, bool]:
     return max_age, nonce == "broker"
 
 
-def _release(block: BlockReader | None) -> tuple[tuple[int, ...], int | None, timedelta]:
+def _release(block: BlockReader | None) -> tuple[tuple[int, ...], int | None, timedelta, ApprovalRule | None]:
     if block is None:
-        return tuple(WRAPS.values()), None, _LEASE_DEFAULT
-    if block.has("approvals"):
-        block.refuse("approvals", "not supported yet", "leave the block out; a release cannot ask for approvals")
+        return tuple(WRAPS.values()), None, _LEASE_DEFAULT, None
     wrap = block.choices("wrap", tuple(WRAPS)) if block.has("wrap") else tuple(WRAPS)
     max_per_job = block.number("max_per_job", 1, 1_000_000) if block.has("max_per_job") else None
     lease = _LEASE_DEFAULT
     if block.has("lease"):
         lease = block.duration("lease", timedelta(minutes=1), timedelta(days=365))
+    approvals = block.optional("approvals")
     block.end()
-    return tuple(WRAPS[name] for name in wrap), max_per_job, lease
+    return tuple(WRAPS[name] for name in wrap), max_per_job, lease, _approvals(approvals) if approvals else None
+
+
+def _change(block: BlockReader) -> ApprovalRule:
+    approvals = block.block("approvals")
+    block.end()
+    return _approvals(approvals)
+
+
+def _approvals(block: BlockReader) -> ApprovalRule:
+    wanted = "the did:key of an approver's Ed25519 key"
+    of = block.each("of", lambda text: text if is_did_key(text) else None, wanted)
+    if len(of) > MAX_APPROVERS:
+        block.refuse("of", f"more than {MAX_APPROVERS} approvers", "shorten the list")
+    threshold = block.number("threshold", 1, len(of))
+    block.end()
+    return ApprovalRule(threshold, of)
 
 
 def _uri(text: str) -> KeyUri | None:

@@ -17,6 +17,7 @@ DOMAIN: Final = "cloister.dev"
 # (percent-encoding): three texts and a message of these sizes fit.
 _MAX_TEXT_BYTES: Final = 1500
 _MAX_MESSAGE_BYTES: Final = 600
+_MAX_BLOCK_BYTES: Final = 64
 
 
 def to_status(error: CloisterError, request_id: str) -> grpc.Status:
@@ -29,6 +30,7 @@ def to_status(error: CloisterError, request_id: str) -> grpc.Status:
             "why": _cut(error.why, _MAX_TEXT_BYTES),
             "todo": _cut(error.todo, _MAX_TEXT_BYTES),
             "request_id": request_id,
+            **({"block": _cut(error.block, _MAX_BLOCK_BYTES)} if error.block else {}),
         },
     )
     detail = any_pb2.Any()
@@ -116,6 +118,7 @@ def _sent_error(error: grpc.aio.AioRpcError) -> CloisterError | None:
         if not (detail.Is(info.DESCRIPTOR) and detail.Unpack(info)) or info.domain != DOMAIN:
             continue
         texts = {name: _cut(info.metadata.get(name, ""), _MAX_TEXT_BYTES) for name in ("what", "why", "todo")}
+        texts["block"] = _cut(info.metadata.get("block", ""), _MAX_BLOCK_BYTES)
         code = code_from_text(info.reason)
         if code is None:  # a newer service: keep its text, and its code where people see it
             texts["what"] = f"{texts['what']} ({info.reason[:16]})"

@@ -4,21 +4,28 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from cloister.atomicfile import AtomicFile, file_error
+from cloister.atomicfile import file_error, is_partial
 from cloister.errors import CloisterError, Code
+from cloister.sealed.batches import SPREAD_SIZE
 from cloister.sealed.datakey import DataKey
+from cloister.sealed.directorywriter import SealedDirectoryWriter, walk
+from cloister.sealed.extraction import Extraction
 from cloister.sealed.format import SUFFIX, Header, invalid
+from cloister.sealed.journal import MARKER_NAME, REWRAP_NAME
 from cloister.sealed.manifest import MANIFEST_NAME, FileEntry, Manifest, manifest_invalid, read_manifest
-from cloister.sealed.sealing import MARKER_NAME, Progress, SealedDirectoryWriter, seal_directory, walk
+from cloister.sealed.sealing import Progress, seal_directory
+from cloister.sealed.spread import Job, cores, spread
 from cloister.sealed.stream import SealedReader
 
 __all__ = ["Peek", "Progress", "SealedDirectory", "SealedDirectoryWriter", "open_directory", "seal_directory"]
 
-_COPY_SIZE: Final = 1024 * 1024
+
+# What may stand beside the files: nothing of it is ever read as data.
+_BESIDES: Final = frozenset({MANIFEST_NAME, MARKER_NAME, REWRAP_NAME})
 
 
 class Peek(NamedTuple):
@@ -73,11 +80,13 @@ class SealedDirectory:
         *,
         data_key: DataKey,
         manifest_digest: bytes | None = None,
+        signers: Collection[str] = (),
     ) -> SealedDirectory:
         """Check the manifest, and the directory against it.
 
-        `manifest_digest`, when given, is the only one accepted: what was measured is what is read. A file that the
-        manifest does not list is refused, as is one that is missing.
+        `manifest_digest`, when given, is the only one accepted: what was measured is what is read. Of `signers`
+        (did:key), when any are given, one must have signed it. A file that the manifest does not list is refused, as
+        is one that is missing.
         """
         name = str(path / MANIFEST_NAME)
         manifest = Manifest.parse(read_manifest(path), name=name)
@@ -86,6 +95,10 @@ class SealedDirectory:
         manifest.verify(data_key.secret, name=name)
         if manifest_digest is not None and not hmac.compare_digest(manifest.digest, manifest_digest):
             raise _mismatch(path, "its manifest is authentic, but not the one asked for: another version of the data")
+        if signers and manifest.signer not in signers:
+            raise manifest_invalid(
+                name, f"it was signed by {manifest.signer or 'nobody'}, not by {' or '.join(signers)}"
+            )
         directory = cls(path, manifest=manifest, data_key=data_key)
         directory._check_listing()
         return directory
@@ -108,11 +121,14 @@ class SealedDirectory:
             )
         return entry
 
-    def open_file(self, name: str) -> SealedReader:
-        """Open a file for reading and check that it is the one the manifest lists."""
+    def open_file(self, name: str, *, workers: int = 0) -> SealedReader:
+        """Open a file for reading and check that it is the one the manifest lists.
+
+        `workers` threads serve large reads; 0 is one for each core.
+        """
         entry = self.entry(name)
         shown = str(self.path / (name + SUFFIX))
-        reader = SealedReader(self.path / (name + SUFFIX), data_key=self._data_key, name=shown)
+        reader = SealedReader(self.path / (name + SUFFIX), data_key=self._data_key, name=shown, workers=workers)
         try:
             if reader.header.associated.dataset != self.manifest.dataset or reader.header.associated.path != name:
                 raise invalid(shown, f"it was sealed as {reader.header.associated.path} and was renamed or swapped")
@@ -130,52 +146,36 @@ class SealedDirectory:
 
     def verify(self, *, progress: Progress | None = None) -> None:
         """Read every segment of every file; raise for the first that is not authentic."""
-        for _ in self._pieces(progress):
-            pass
-
-    def extract(self, out: Path, *, progress: Progress | None = None) -> None:
-        """Write all files in the clear below `out`, which must be empty or absent. For the owner's own machine."""
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            if any(out.iterdir()):
-                raise CloisterError(
-                    Code.FILE_EXISTS,
-                    what=f"{out} is not empty",
-                    why="opening does not overwrite files",
-                    todo="name a directory that is empty or does not exist",
-                )
-            target: AtomicFile | None = None
-            try:
-                for entry, piece in self._pieces(progress):
-                    if piece is None:
-                        place = out / entry.path
-                        place.parent.mkdir(parents=True, exist_ok=True)
-                        target = AtomicFile(place)
-                    elif target and piece:
-                        target.write(piece)
-                    elif target:
-                        target.commit()
-            finally:
-                if target:
-                    target.discard()
-        except OSError as error:
-            raise file_error(error, what=f"cannot write below {out}") from error
-
-    def _pieces(self, progress: Progress | None) -> Iterator[tuple[FileEntry, memoryview | None]]:
-        """Yield, for each file, None, then its content in pieces, then an empty piece."""
-        buffer = memoryview(bytearray(_COPY_SIZE))
+        buffer = memoryview(bytearray(4 * SPREAD_SIZE))
         total, done = self.manifest.size, 0
         for entry in self.manifest.files:
-            yield entry, None
             with self.open_file(entry.path) as file:
                 while count := file.readinto(buffer):
-                    yield entry, buffer[:count]
                     done += count
                     if progress:
                         progress(done, total, entry.path)
-            yield entry, buffer[:0]
-            if progress:
-                progress(done, total, entry.path)
+
+    def extract(self, out: Path, *, progress: Progress | None = None, workers: int = 0) -> None:
+        """Write all files in the clear below `out`. For the owner's own machine.
+
+        `out` is empty or absent, or holds what an interrupted run left: files that are whole and unchanged since are
+        kept. `workers` threads share the work; 0 is one for each core.
+        """
+        with Extraction(out, self.manifest, progress) as extraction:
+            entries = extraction.remaining()
+            large = [entry for entry in entries if entry.length >= SPREAD_SIZE]
+            small = [entry for entry in entries if entry.length < SPREAD_SIZE]
+            for entry in large:
+                extraction.write(entry, self.open_file(entry.path, workers=workers))
+
+            def worker() -> Job:
+                def job(index: int) -> None:
+                    extraction.write(small[index], self.open_file(small[index].path, workers=1))
+
+                return job
+
+            spread(len(small), worker, workers=workers or cores())
+            extraction.finish()
 
     def _check_listing(self) -> None:
         expected = {entry.path + SUFFIX for entry in self.manifest.files}
@@ -185,7 +185,7 @@ class SealedDirectory:
                     if not regular:
                         raise _mismatch(self.path, f"{name} is not a regular file")
                     expected.remove(name)
-                elif name not in {MANIFEST_NAME, MARKER_NAME}:
+                elif name not in _BESIDES and not is_partial(name):
                     raise _mismatch(self.path, f"{name} was added: the manifest does not list it")
         except OSError as error:
             raise file_error(error, what=f"cannot list {self.path}") from error
@@ -195,7 +195,10 @@ class SealedDirectory:
 
 
 def open_directory(source: Path, out: Path, *, data_key: DataKey, progress: Progress | None = None) -> Manifest:
-    """Verify a sealed directory and write it in the clear below `out`; return its manifest."""
+    """Verify a sealed directory and write it in the clear below `out`; return its manifest.
+
+    A run that was interrupted goes on when it is started again.
+    """
     directory = SealedDirectory.open(source, data_key=data_key)
     directory.extract(out, progress=progress)
     return directory.manifest

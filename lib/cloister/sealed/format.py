@@ -123,8 +123,12 @@ class Header:
             raise ValueError(f"a segment has {MIN_SEGMENT_SIZE} to {MAX_SEGMENT_SIZE} bytes")
         header = cls(data_key.key_uri, associated, segment_size, b"", data_key.key_version, data_key.wrapped)
         header = replace(header, commitment=header._committed(data_key.secret))
-        spare = _SPARE + -(len(header.to_bytes()) + _SPARE) % _ALIGNMENT
-        return replace(header, padding=spare)
+        return header.padded()
+
+    def padded(self) -> Header:
+        """Return the header with room for another wrapped DEK, ending on a multiple of 512 bytes."""
+        spare = _SPARE + -(len(replace(self, padding=0).to_bytes()) + _SPARE) % _ALIGNMENT
+        return replace(self, padding=spare)
 
     @property
     def binding(self) -> bytes:
@@ -157,6 +161,12 @@ class Header:
         )
         return MAGIC + FORMAT_VERSION.to_bytes(2, "big") + len(body).to_bytes(4, "big") + body
 
+    def rewrapped(self, key_version: int, wrapped: bytes) -> Header | None:
+        """Return the header with another wrapped DEK and of the same size, or None when that does not fit."""
+        bare = replace(self, key_version=key_version, wrapped=wrapped, padding=0)
+        room = self.size - bare.size
+        return replace(bare, padding=room) if room >= 0 else None
+
     def verify(self, secret: SecretBytes, *, name: str) -> None:
         """Refuse a key that is not the one this file was sealed under, before anything is decrypted with it."""
         if not hmac.compare_digest(self._committed(secret), self.commitment):
@@ -181,6 +191,30 @@ class Header:
         if length > MAX_HEADER_SIZE:
             raise invalid(name, f"its header claims {length} bytes; at most {MAX_HEADER_SIZE} are allowed")
         return cls._parse(read_exactly(file, length, name=name), name=name)
+
+    @classmethod
+    def recover(cls, file: BinaryIO, *, key_version: int, wrapped: bytes, name: str = "") -> Header:
+        """Read a header whose re-wrap was interrupted by a loss of power, for the wrapped DEK that was being put in.
+
+        Only what stands behind the commitment was being written; all before it is as it was. Needs no key; raises
+        CloisterError(SEALED_FILE_INVALID) when more than that is damaged.
+        """
+        name = name or str(getattr(file, "name", "the file"))
+        prefix = read_exactly(file, PREFIX_SIZE, name=name)
+        length = int.from_bytes(prefix[10:14], "big")
+        if prefix[:8] != MAGIC or int.from_bytes(prefix[8:10], "big") != FORMAT_VERSION or length > MAX_HEADER_SIZE:
+            raise invalid(name, "it does not begin like a sealed file")
+        body = read_exactly(file, length, name=name)
+        fields, at = [], 0
+        for _ in range(3):  # label, binding, commitment
+            size = int.from_bytes(body[at : at + 4], "big")
+            fields.append(body[at + 4 : at + 4 + size])
+            at += 4 + size
+        rest = b"".join(len(part).to_bytes(4, "big") + part for part in (key_version.to_bytes(8, "big"), wrapped))
+        padding = length - at - len(rest) - 4
+        if padding < 0:
+            raise invalid(name, "its header is damaged: another wrapped key does not fit into it")
+        return cls._parse(body[:at] + rest + padding.to_bytes(4, "big") + bytes(padding), name=name)
 
     @classmethod
     def _parse(cls, body: bytes, *, name: str) -> Header:

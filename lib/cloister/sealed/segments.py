@@ -76,6 +76,10 @@ class Layout:
         index, within = divmod(offset - self.first_capacity, self.capacity)
         return index + 1, within
 
+    def offset_of(self, index: int) -> int:
+        """Return where a segment's plaintext starts in the whole plaintext."""
+        return self.first_capacity + (index - 1) * self.capacity if index else 0
+
     def start_of(self, index: int) -> int:
         """Return where a segment's ciphertext starts in the stream."""
         return index * self.segment_size if index else STREAM_HEADER_SIZE

@@ -19,14 +19,16 @@ from cloister.keyuri import KeyUri
 from cloister.policyblocks import digest_text
 from cloister.protocol import ReleaseBinding
 from cloister.release.blocks import Block
+from cloister.release.cases import check_cases
 from cloister.release.keys import KeyState, Purpose
 from cloister.release.policy import ReleasePolicy, parse_policy
 from cloister.tlv import sha384
 from cloister.transparency.entry import Entry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient, check_wrapped, key_not_found
 from cloister_keybroker.backends import KeyBackend, KeyRef
-from cloister_keybroker.keys import KeyRecord
-from cloister_keybroker.store import KeyStore, StoredKey, Transaction
+from cloister_keybroker.keys import KeyRecord, KeyVersion
+from cloister_keybroker.store import KeyStore
+from cloister_keybroker.transaction import ListedKey, StoredKey, StoredPolicy, Transaction
 
 MAX_PAGE: Final = 1000
 
@@ -80,12 +82,21 @@ class OwnerDesk:
                 why=f"your certificate is of the tenant {owner.spiffe_id.tenant}",
                 todo=f"name it cloister-key://{owner.spiffe_id.tenant}/...",
             )
-        record = KeyRecord(uri, str(owner.spiffe_id), KeyState.ENABLED, wanted, 1, self._now_ms())
+        record = KeyRecord(
+            uri=uri,
+            owner=str(owner.spiffe_id),
+            signer="",
+            state=KeyState.ENABLED,
+            purposes=wanted,
+            created_ms=self._now_ms(),
+        )
         if policy_yaml:
             policy = _policy_for(record, policy_yaml)
+            check_cases(policy, self._clock())
             _check_successor(record, policy)
             record = replace(record, policy_version=policy.version, policy_digest=policy.digest)
         handle = await self._backend.create(KeyRef.of(record, 1))
+        version = KeyVersion(1, handle, self._backend.name, record.created_ms)
 
         def work(transaction: Transaction) -> None:
             if transaction.key(uri) is not None:
@@ -95,25 +106,25 @@ class OwnerDesk:
                     why="a key's name is taken once and for all",
                     todo="use it, or choose another name",
                 )
-            transaction.insert_key(record, handle)
+            transaction.insert_key(record, version)
             if policy_yaml:
-                transaction.insert_policy(uri, record.policy_version, policy_yaml)
+                transaction.insert_policy(uri, record.policy_version, StoredPolicy(policy_yaml, b""))
             transaction.append(self._change(owner, "create-key", record), time_ms=record.created_ms)
 
         async with self._changing:
             await self._store.write(work)
         return record
 
-    async def get(self, owner: Owner, uri: KeyUri) -> StoredKey:
+    async def get(self, owner: Owner, uri: KeyUri, *, version: int = 0) -> StoredKey:
         """Return a key of the caller's tenant, with its policy."""
         stored = None
         if uri.tenant == owner.spiffe_id.tenant:
-            stored = await self._store.read(lambda transaction: transaction.key(uri))
+            stored = await self._store.read(lambda transaction: transaction.key(uri, version=version))
         if stored is None:
             raise key_not_found(str(uri))
         return stored
 
-    async def list(self, owner: Owner, *, after: str, limit: int) -> Sequence[KeyRecord]:
+    async def list(self, owner: Owner, *, after: str, limit: int) -> Sequence[ListedKey]:
         """Return up to `limit` keys of the caller's tenant, by URI, behind `after`."""
         return await self._store.read(lambda t: t.keys(owner.spiffe_id.tenant, after=after, limit=limit))
 
@@ -124,14 +135,19 @@ class OwnerDesk:
             stored = await self._owned(owner, uri, action)
             if stored.record.state is state:
                 return stored.record
-            handles = {
-                version: await self._backend.restate(KeyRef.of(stored.record, version), handle, state)
-                for version, handle in stored.handles.items()
-            }
             record = replace(stored.record, state=state)
+            versions = [
+                replace(
+                    version,
+                    handle=await self._backend.restate(KeyRef.of(stored.record, version.number), version.handle, state),
+                )
+                for version in await self._store.read(lambda transaction: transaction.versions(stored.record))
+            ]
 
             def work(transaction: Transaction) -> None:
-                transaction.update_key(record, handles)
+                transaction.update_key(record)
+                for version in versions:
+                    transaction.put_version(uri, version)
                 transaction.append(self._change(owner, action, record), time_ms=self._now_ms())
 
             await self._store.write(work)
@@ -142,6 +158,7 @@ class OwnerDesk:
         async with self._changing:
             stored = await self._owned(owner, uri, "put-policy")
             policy = _policy_for(stored.record, policy_yaml)
+            check_cases(policy, self._clock())
             try:
                 _check_successor(stored.record, policy)
             except CloisterError as error:
@@ -152,8 +169,8 @@ class OwnerDesk:
             record = replace(stored.record, policy_version=policy.version, policy_digest=policy.digest)
 
             def work(transaction: Transaction) -> None:
-                transaction.insert_policy(uri, policy.version, policy_yaml)
-                transaction.update_key(record, {})
+                transaction.insert_policy(uri, policy.version, StoredPolicy(policy_yaml, b""))
+                transaction.update_key(record)
                 transaction.append(self._change(owner, "put-policy", record), time_ms=self._now_ms())
 
             await self._store.write(work)
@@ -164,7 +181,7 @@ class OwnerDesk:
         recipient.check()
         stored = await self._usable(owner, uri, "generate", "seal", version=0, export=False)
         version = stored.record.newest
-        fresh = await self._backend.generate(KeyRef.of(stored.record, version), stored.handles[version])
+        fresh = await self._backend.generate(KeyRef.of(stored.record, version), stored.material().handle)
         binding = self._binding(owner, uri, version, "seal", recipient, fresh.wrapped)
         return await self._answer(owner, "generate", binding, recipient.seal(fresh.secret, binding), fresh.wrapped)
 
@@ -177,7 +194,7 @@ class OwnerDesk:
         stored = await self._usable(owner, uri, "open", "export", version=version, export=True)
         ref = KeyRef.of(stored.record, version)
         try:
-            secret = await self._backend.unwrap(ref, stored.handles[version], wrapped)
+            secret = await self._backend.unwrap(ref, stored.material().handle, wrapped)
         except CloisterError as error:
             if error.code is Code.WRAPPED_KEY_INVALID:
                 await self._log(owner, "open", str(uri), Block("data_key", False, "wrapped under this version", "not"))
@@ -185,10 +202,10 @@ class OwnerDesk:
         binding = self._binding(owner, uri, version, "export", recipient, wrapped)
         return await self._answer(owner, "open", binding, recipient.seal(secret, binding), wrapped)
 
-    async def _owned(self, owner: Owner, uri: KeyUri, action: str) -> StoredKey:
+    async def _owned(self, owner: Owner, uri: KeyUri, action: str, version: int = 0) -> StoredKey:
         """Return a key that the caller owns; log and refuse otherwise."""
         try:
-            stored = await self.get(owner, uri)
+            stored = await self.get(owner, uri, version=version)
         except CloisterError as error:
             if error.code is Code.KEY_NOT_FOUND:
                 await self._log(owner, action, str(uri), Block("key", False, "a key of this tenant", "none"))
@@ -208,15 +225,15 @@ class OwnerDesk:
     async def _usable(
         self, owner: Owner, uri: KeyUri, action: str, purpose: str, *, version: int, export: bool
     ) -> StoredKey:
-        """Return an owned, enabled key that has the version (0: any) and, for export, the purpose."""
-        stored = await self._owned(owner, uri, action)
+        """Return an owned, enabled key with the version (0: the newest); for export it has the version and purpose."""
+        stored = await self._owned(owner, uri, action, version)
         record = stored.record
         blocks = [Block("key.state", record.state is KeyState.ENABLED, KeyState.ENABLED.value, record.state.value)]
         errors = {"key.state": (Code.KEY_DISABLED, "enable it: cloister key enable")}
         if export:
             purposes = ", ".join(sorted(record.purposes))
             blocks.append(Block("key.purposes", Purpose.EXPORT in record.purposes, Purpose.EXPORT.value, purposes))
-            blocks.append(Block("key.version", version in stored.handles, f"1 to {record.newest}", str(version)))
+            blocks.append(Block("key.version", 1 <= version <= record.newest, f"1 to {record.newest}", str(version)))
             errors["key.purposes"] = (Code.RELEASE_DENIED, "only keys created with purpose export open outside a TD")
             errors["key.version"] = (Code.WRAPPED_KEY_INVALID, "use the version from the header of the sealed object")
         failed = next((block for block in blocks if not block.ok), None)

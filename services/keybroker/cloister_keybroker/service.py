@@ -79,8 +79,8 @@ class KeyOwnerServicer(rpc.KeyOwnerServiceServicer):
         size = _page(request.page_size, _KEYS_PAGE, "page_size")
         # One more than asked for says whether there is a next page.
         found = await self._desk.list(_owner(), after=after, limit=size + 1)
-        token = str(found[size - 1].uri) if len(found) > size else ""
-        return pb.ListKeysResponse(keys=[_key(record) for record in found[:size]], next_page_token=token)
+        token = str(found[size - 1].record.uri) if len(found) > size else ""
+        return pb.ListKeysResponse(keys=[_key(listed.record) for listed in found[:size]], next_page_token=token)
 
     async def EnableKey(self, request: pb.EnableKeyRequest, _context: Any) -> pb.EnableKeyResponse:  # noqa: N802
         record = await self._desk.set_state(_owner(), KeyUri.parse(request.uri), KeyState.ENABLED)

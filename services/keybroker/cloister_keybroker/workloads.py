@@ -41,7 +41,8 @@ from cloister_keybroker.backends import FreshDataKey, KeyBackend, KeyRef
 from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.log import LogPlace
 from cloister_keybroker.nonces import NonceBook
-from cloister_keybroker.store import KeyStore, StoredKey, Transaction
+from cloister_keybroker.store import KeyStore
+from cloister_keybroker.transaction import StoredKey, Transaction
 
 KEM_IDS: Final = (KEM_MLKEM768_X25519,)
 _ATTEMPTS: Final = 3  # a key that its owner changes three times during one release is left alone
@@ -148,7 +149,7 @@ class ReleaseDesk:
         problem = self._nonces.take(asked.broker_nonce, workload.peer.spiffe_id, asked.key, asked.purpose, now)
         found = self._verify(asked.token, now)
         for _ in range(_ATTEMPTS):
-            stored = await self._find(workload, asked.key)
+            stored = await self._find(workload, asked.key, asked.key_version)
             if stored is None:
                 await self._log_absent(workload, asked.action, asked.key, asked.purpose)
                 raise key_not_found(str(asked.key))
@@ -171,7 +172,12 @@ class ReleaseDesk:
         record, policy = stored.record, _policy_of(stored)
         version = asked.key_version or (0 if asked.wrapped else record.newest)
         request = release.Request(
-            asked.key, version, asked.purpose, asked.broker_nonce, asked.recipient.kem_id, asked.recipient.public_key
+            key=asked.key,
+            key_version=version,
+            purpose=asked.purpose,
+            broker_nonce=asked.broker_nonce,
+            hpke_kem_id=asked.recipient.kem_id,
+            hpke_key_digest=sha384(asked.recipient.public_key),
         )
 
         def decide(released_to_job: int) -> Decision:
@@ -212,7 +218,7 @@ class ReleaseDesk:
     async def _data_key(self, ref: KeyRef, stored: StoredKey, asked: Asked) -> tuple[FreshDataKey | None, Block]:
         """Unwrap or make the data key that was decided for."""
         wanted = f"wrapped under version {ref.version}"
-        handle = stored.handles[ref.version]
+        handle = stored.material().handle
         if not asked.wrapped:
             return await self._backend.generate(ref, handle), Block("data_key", True, wanted, "a new one")
         try:
@@ -237,11 +243,11 @@ class ReleaseDesk:
         except TokenRejected as rejected:
             return rejected
 
-    async def _find(self, workload: Workload, uri: KeyUri) -> StoredKey | None:
+    async def _find(self, workload: Workload, uri: KeyUri, version: int = 0) -> StoredKey | None:
         """Return a key of the workload's own tenant; another tenant's is not even looked up."""
         if uri.tenant != workload.peer.spiffe_id.tenant:
             return None
-        return await self._store.read(lambda transaction: transaction.key(uri))
+        return await self._store.read(lambda transaction: transaction.key(uri, version=version))
 
     def _binding(self, asked: Asked, version: int, record: KeyRecord, wrapped: bytes) -> ReleaseBinding:
         return ReleaseBinding(

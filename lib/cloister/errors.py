@@ -116,6 +116,11 @@ class Code(enum.Enum):
     VERDICT_INVALID = CodeInfo(1214, Kind.UNAUTHENTIC, "a verdict bundle is malformed, or its verdict is another")
     VERDICT_NOT_FOUND = CodeInfo(1215, Kind.NOT_FOUND, "no such verdict, or its evidence is not kept")
     DENY_LISTED = CodeInfo(1216, Kind.DENIED, "this identity, platform or measurement is not let in any more")
+    BUNDLE_STALE = CodeInfo(
+        1217, Kind.STATE, "this TD trusts a CA epoch that has ended; it must learn of its successor"
+    )
+    EPOCH_CHANGING = CodeInfo(1218, Kind.STATE, "the CA is changing already, or is sealed")
+    EPOCH_NOT_FOUND = CodeInfo(1219, Kind.NOT_FOUND, "no such CA epoch is trusted now")
     COLLATERAL_EXPIRED = CodeInfo(1220, Kind.STATE, "the collateral of this platform family is past its time")
     COLLATERAL_NOT_YET_VALID = CodeInfo(1221, Kind.STATE, "collateral was issued after what this machine's clock says")
     COLLATERAL_NOT_FOUND = CodeInfo(1222, Kind.NOT_FOUND, "there is no collateral for this platform family")
@@ -128,6 +133,9 @@ class Code(enum.Enum):
     SEALED_ROOT_INVALID = CodeInfo(
         1242, Kind.UNAUTHENTIC, "a sealed root was edited, or does not open under this recovery key"
     )
+    IDENTITY_EXISTS = CodeInfo(1243, Kind.EXISTS, "this identity, or this key, is registered already")
+    IDENTITY_NOT_FOUND = CodeInfo(1244, Kind.NOT_FOUND, "no such identity is registered")
+    REGISTER_DAMAGED = CodeInfo(1245, Kind.INTERNAL, "attest's register of identities was edited by somebody else")
     # 1300: keys
     KEY_NOT_FOUND = CodeInfo(1301, Kind.NOT_FOUND, "no such key of yours")
     KEY_EXISTS = CodeInfo(1302, Kind.EXISTS, "a key of this name exists")

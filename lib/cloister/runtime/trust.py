@@ -36,7 +36,7 @@ from cloister.strictjson import Members, StrictJsonError, Value, dump, load
 from cloister.tlv import tlv
 
 FORMAT: Final = "cloister-trust-update-1"
-MAX_CERTIFICATES: Final = 8192  # revoked one by one; more than that is an epoch's worth, and ended with it
+MAX_CERTIFICATES: Final = 4096  # revoked one by one; more than that is an epoch's worth, and ended with it
 MAX_AUTHORITIES: Final = 256  # seven of an epoch
 _LEAF_HEX: Final = 64  # characters of a SHA-256
 _KEY_ID_HEX: Final = 40  # characters of a key identifier (RFC 5280, 4.2.1.2)

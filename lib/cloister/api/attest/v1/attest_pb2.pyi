@@ -152,12 +152,15 @@ class AttestRequest(_message.Message):
     CHALLENGE_NONCE_FIELD_NUMBER: _builtins.int
     RELYING_PARTY_NONCE_FIELD_NUMBER: _builtins.int
     CSR_DER_FIELD_NUMBER: _builtins.int
+    TRUST_SEQUENCE_FIELD_NUMBER: _builtins.int
     challenge_nonce: _builtins.bytes
     """Nonce of ChallengeResponse, 32 bytes."""
     relying_party_nonce: _builtins.bytes
     """Nonce of a relying party that wants fresh evidence (BeginReleaseResponse.nonce), 32 bytes or empty."""
     csr_der: _builtins.bytes
     """PKCS#10 request (DER) under evidence.tls_spki_der: its self-signature is the proof of possession. Subject and SANs are ignored."""
+    trust_sequence: _builtins.int
+    """Sequence of the trust update that the TD has; 0 for none."""
     @_builtins.property
     def evidence(self) -> _evidence_pb2.Evidence:
         """Evidence over nonce = challenge nonce, or, with relying_party_nonce set,
@@ -171,10 +174,11 @@ class AttestRequest(_message.Message):
         challenge_nonce: _builtins.bytes = ...,
         relying_party_nonce: _builtins.bytes = ...,
         csr_der: _builtins.bytes = ...,
+        trust_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["challenge_nonce", b"challenge_nonce", "csr_der", b"csr_der", "evidence", b"evidence", "relying_party_nonce", b"relying_party_nonce"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["challenge_nonce", b"challenge_nonce", "csr_der", b"csr_der", "evidence", b"evidence", "relying_party_nonce", b"relying_party_nonce", "trust_sequence", b"trust_sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -709,7 +713,7 @@ class DenyResponse(_message.Message):
     CERTIFICATES_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
     certificates: _builtins.int
-    """Certificates in force that this ends."""
+    """Certificates that this ends before their time."""
     complete: _builtins.bool
     """False: there are more than can be told one by one; retire the epoch to end them all."""
     def __init__(
@@ -1000,7 +1004,7 @@ class RemoveIdentityResponse(_message.Message):
 
     CERTIFICATES_FIELD_NUMBER: _builtins.int
     certificates: _builtins.int
-    """Certificates in force that this ends."""
+    """Certificates that this ends before their time."""
     def __init__(
         self,
         *,

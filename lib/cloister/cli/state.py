@@ -5,7 +5,9 @@
 <state>/bundle.json                     trust bundle that attest wrote
 <state>/user/key.pem chain.pem          the user's key (made once, 0600) and present certificate
 <state>/user/gateway-ca.pem             what `curl --cacert` takes
+<state>/user/broker-log.json            the last checkpoint of the broker's log that was seen
 <state>/platform/                       development root and simulated platform (made once)
+<state>/ehsm/server client/             the EHSM development server, and a client enrolled with it
 <state>/config/*.toml  logs/*.log  run/ configuration, logs and endpoint files of the services
 <state>/attest keybroker trainer gateway/   what each service keeps
 """
@@ -84,12 +86,20 @@ class StateDirectory:
         return self.user / "chain.pem"
 
     @property
+    def seen_log(self) -> Path:
+        return self.user / "broker-log.json"
+
+    @property
     def gateway_ca(self) -> Path:
         return self.user / "gateway-ca.pem"
 
     @property
     def platform(self) -> Path:
         return self.root / "platform"
+
+    @property
+    def ehsm(self) -> Path:
+        return self.root / "ehsm"
 
     @property
     def config(self) -> Path:

@@ -57,10 +57,15 @@ async def verify_services(session: Session, services: Sequence[str] = _TRUSTED) 
 
 
 async def owner_keys(session: Session) -> OwnerKeyClient:
-    """Return a client for the owner's keys that speaks to the verified broker and to no other."""
+    """Return a client for the owner's keys that speaks to the verified broker and to no other.
+
+    Its log must go on from what was seen of it before: a store that was put back may hold revoked policies.
+    """
+    from cloister.cli.auditlog import look_at_log
     from cloister.guest.owner import OwnerKeyClient
 
     verified = (await verify_services(session))["keybroker"]
+    await look_at_log(session)
     return OwnerKeyClient(session.credentials, session.stack.endpoint("keybroker"), verified=verified)
 
 

@@ -101,7 +101,7 @@ async def _verify_once(
     leaf_pem = await asyncio.to_thread(_leaf_at, endpoint, role, material)
     me, domain = str(material.spiffe_id), material.spiffe_id.trust_domain
     nonce = secrets.token_bytes(NONCE_SIZE)
-    async with _pinned_channel(endpoint, role, material, leaf_pem) as channel:
+    async with pinned_channel(endpoint, role, material, leaf_pem) as channel:
         method = evidence_pb2_grpc.EvidenceServiceStub(channel).GetEvidence
         request = evidence_pb2.GetEvidenceRequest(nonce=nonce, audience=me)
         response = await invoke(method, request, timeout_s=_CALL_TIMEOUT_S, what=f"get the evidence of {role}")
@@ -256,7 +256,7 @@ class OwnerKeyClient:
     @asynccontextmanager
     async def _channel(self, material: TlsMaterial) -> AsyncIterator[Any]:
         if self._verified is not None:
-            async with _pinned_channel(self._endpoint, Role.KEYBROKER, material, self._verified.leaf_pem) as channel:
+            async with pinned_channel(self._endpoint, Role.KEYBROKER, material, self._verified.leaf_pem) as channel:
                 yield channel
         else:
             credentials = StaticCredentials(material)
@@ -301,7 +301,7 @@ def _leaf_at(endpoint: str, role: Role, material: TlsMaterial) -> bytes:
     return x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM)
 
 
-def _pinned_channel(endpoint: str, role: Role, material: TlsMaterial, leaf_pem: bytes) -> grpc.aio.Channel:
+def pinned_channel(endpoint: str, role: Role, material: TlsMaterial, leaf_pem: bytes) -> grpc.aio.Channel:
     """Open a channel that trusts one leaf and nothing else: how to pin in gRPC, whose clients see no certificate."""
     tls = grpc.ssl_channel_credentials(
         root_certificates=leaf_pem,

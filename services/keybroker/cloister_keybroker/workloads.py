@@ -45,6 +45,7 @@ from cloister_keybroker.store import KeyStore
 from cloister_keybroker.transaction import StoredKey, Transaction
 
 KEM_IDS: Final = (KEM_MLKEM768_X25519,)
+RELEASE, GENERATE, RENEW = "release", "generate", "renew"  # actions in the log
 _ATTEMPTS: Final = 3  # a key that its owner changes three times during one release is left alone
 
 
@@ -68,7 +69,10 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A release as it was asked for. `wrapped` empty: make a new data key; then version 0 is the newest."""
+    """A release as it was asked for. `wrapped` empty: make a new data key; then version 0 is the newest.
+
+    A renewal asks for no data key at all, only for a longer lease on what the workload holds.
+    """
 
     token: str
     key: KeyUri
@@ -77,10 +81,13 @@ class Asked:
     broker_nonce: bytes
     recipient: Recipient
     wrapped: bytes
+    renewal: bool = False
 
     @property
     def action(self) -> str:
-        return "release" if self.wrapped else "generate"
+        if self.renewal:
+            return RENEW
+        return RELEASE if self.wrapped else GENERATE
 
     def check(self) -> None:
         """Raise ARGUMENT_INVALID for what cannot be right, whoever asks."""
@@ -89,11 +96,16 @@ class Asked:
             raise argument_error("broker_nonce", f"{len(self.broker_nonce)} bytes", "the nonce of BeginRelease")
         if self.wrapped:
             check_wrapped(self.wrapped)
+        if self.renewal and not self.key_version:
+            raise argument_error("key_version", "0", "the version of the data key that is held")
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """A data key, and the policy under which the workload may hold it until the lease ends."""
+    """A data key, and the policy under which the workload may hold it until the lease ends.
+
+    After a renewal the answer carries no data key: its receipt is about the lease.
+    """
 
     data_key: DataKeyAnswer
     terms: LeaseTerms
@@ -132,7 +144,7 @@ class ReleaseDesk:
         if stored is None:
             await self._log_absent(workload, "begin", uri, purpose)
             raise key_not_found(str(uri))
-        now, policy, fresh = self._clock(), _policy_of(stored), False
+        now, policy, fresh = self._clock(), policy_in_force(stored), False
         if token and policy is not None:
             found = self._verify(token, now)
             mine = workload.peer.certificate_sha256
@@ -169,7 +181,7 @@ class ReleaseDesk:
         stored: StoredKey,
         now: datetime,
     ) -> Released | _Changed:
-        record, policy = stored.record, _policy_of(stored)
+        record, policy = stored.record, policy_in_force(stored)
         version = asked.key_version or (0 if asked.wrapped else record.newest)
         request = release.Request(
             key=asked.key,
@@ -178,15 +190,25 @@ class ReleaseDesk:
             broker_nonce=asked.broker_nonce,
             hpke_kem_id=asked.recipient.kem_id,
             hpke_key_digest=sha384(asked.recipient.public_key),
+            renewal=asked.renewal,
         )
 
-        def decide(released_to_job: int) -> Decision:
-            counters = Counters(problem, released_to_job)
+        def decide(released_to_job: int, approvers: frozenset[str]) -> Decision:
+            counters = Counters(problem, released_to_job, approvers)
             return release.decide(request, found, workload.peer, policy, record, counters, now)
 
         data_key: FreshDataKey | None = None
         grounds: tuple[Block, ...] = ()
-        if decide(0).granted:
+        job = job_of(workload.peer.spiffe_id)
+
+        def approvers(transaction: Transaction) -> frozenset[str]:
+            return transaction.approvals.approvers(
+                asked.key, policy_digest=record.policy_digest, job=job, purpose=asked.purpose, now=now
+            )
+
+        asks = policy is not None and policy.approvals is not None
+        approving = await self._store.read(approvers) if asks else frozenset()
+        if decide(0, approving).granted and not asked.renewal:
             data_key, block = await self._data_key(KeyRef.of(record, version), stored, asked)
             grounds = (block,)
         wrapped = data_key.wrapped if data_key else asked.wrapped
@@ -197,9 +219,8 @@ class ReleaseDesk:
             newest = transaction.key(asked.key)
             if newest is None or newest.record != record:
                 return _Changed()
-            job = job_of(workload.peer.spiffe_id)
             past = transaction.released_to_job(uri=asked.key, job=job, policy_digest=record.policy_digest)
-            decision = Decision((*decide(past).blocks, *grounds))
+            decision = Decision((*decide(past, approvers(transaction) if asks else frozenset()).blocks, *grounds))
             entry = self._entry(workload, asked, decision, binding)
             # Only authentic tokens are kept, for replays of other policies: no policy grants anything on others.
             token = asked.token if isinstance(found, Ear) else ""
@@ -273,7 +294,7 @@ class ReleaseDesk:
             blocks=decision.blocks,
             key_version=binding.key_version,
             purpose=asked.purpose.value,
-            job=job_of(peer.spiffe_id),
+            job="" if asked.renewal else job_of(peer.spiffe_id),  # a renewal does not count for max_per_job
             channel=f"{peer.tls_version}, {peer.key_exchange_group}",
             policy_digest=binding.policy_digest,
             evidence_digest=binding.evidence_digest,
@@ -295,7 +316,8 @@ class ReleaseDesk:
         await self._store.write(lambda transaction: transaction.append(entry, time_ms=_ms(self._clock())))
 
 
-def _policy_of(stored: StoredKey) -> ReleasePolicy | None:
+def policy_in_force(stored: StoredKey) -> ReleasePolicy | None:
+    """Return what a key is released under now, None when nothing is."""
     return _parse(stored.policy_yaml) if stored.policy_yaml else None
 
 

@@ -12,10 +12,11 @@ of a key asks the custodian once: p1 is not kept in memory, so a key that is dis
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import Final, Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -31,16 +32,16 @@ from cloister_keybroker.backends import (
     PART_SIZE,
     WRAPPING_KEY_SIZE,
     Capability,
+    Clock,
     Custodian,
     KeyRef,
+    Reconciling,
     handle_damaged,
 )
 from cloister_keybroker.backends.canary import Canary
+from cloister_keybroker.backends.failures import answer_invalid
 from cloister_keybroker.backends.wrapping import WrappingBackend, seal, unseal
 from cloister_keybroker.rootkey import RootKey
-
-if TYPE_CHECKING:
-    from cloister_keybroker.backends import Clock
 
 _LABEL: Final = "cloister-handle-v1"
 
@@ -67,12 +68,7 @@ class Handle:
         """Return the bytes that the store keeps."""
         data = tlv(_LABEL, self.backend, self.locator, self.wrapped_part, self.created_ms, self.sealed_key)
         if len(data) > MAX_HANDLE_SIZE:
-            raise CloisterError(
-                Code.CUSTODIAN_ANSWER_INVALID,
-                what="the back end's answer is longer than the store takes",
-                why=f"a handle has at most {MAX_HANDLE_SIZE} bytes; this one would have {len(data)}",
-                todo="this is no key store that Cloister knows; check the back end's address",
-            )
+            raise answer_invalid(self.backend, f"a handle has at most {MAX_HANDLE_SIZE} bytes; this has {len(data)}")
         return data
 
     def age(self, now: datetime) -> timedelta:
@@ -144,6 +140,11 @@ class RemoteBackend(WrappingBackend):
         secret = self._open(key, parsed, part)
         return _sealed(key, parsed, _derive(key, part, root_key.custodian_salt), secret).encode()
 
+    async def reconcile(self, handles: Collection[bytes]) -> None:
+        if isinstance(self._custodian, Reconciling):
+            in_use = [Handle.parse(handle).locator for handle in handles]
+            await self._custodian.reconcile([*in_use, *self._canary.locators()])
+
     async def check(self) -> None:
         await self._custodian.probe()
         await self._canary.check()
@@ -175,12 +176,7 @@ class RemoteBackend(WrappingBackend):
     async def _part(self, key: KeyRef, handle: Handle) -> SecretBytes:
         part = await self._custodian.unwrap(handle.locator, handle.wrapped_part, key.custodian_aad())
         if len(part) != PART_SIZE:
-            raise CloisterError(
-                Code.CUSTODIAN_ANSWER_INVALID,
-                what="the back end answered with something that is no part of a key",
-                why=f"wanted {PART_SIZE} bytes; got {len(part)}",
-                todo="check what answers at the back end's address",
-            )
+            raise answer_invalid(self.name, f"a part of a key has {PART_SIZE} bytes; this one has {len(part)}")
         return part
 
     def _parse(self, key: KeyRef, data: bytes) -> Handle:

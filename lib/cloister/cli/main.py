@@ -21,11 +21,13 @@ from cloister.cli import (
     dev,
     doctor,
     identity,
+    imports,
     keys,
     measure,
     model,
     predict,
     quote,
+    sealed,
     sealing,
     train,
 )
@@ -49,6 +51,8 @@ def build_app() -> typer.Typer:
     app.add_typer(identity.app, name="identity")
     app.add_typer(keys.app, name="key")
     sealing.register(app)
+    app.add_typer(sealed.app, name="sealed")
+    app.add_typer(imports.app, name="import")
     measure.register(app)
     app.add_typer(train.app, name="train")
     app.add_typer(model.app, name="model")

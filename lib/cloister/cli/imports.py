@@ -47,8 +47,9 @@ def bigdl(
     files = _files(source)
 
     async def work(session: Session) -> dict[str, Any]:
-        from cloister.cli.sealedfiles import refuse_existing, stoppable
-        from cloister.cli.trust import owner_keys, signing_key
+        from cloister.cli.sealedfiles import publish, refuse_existing, stoppable
+        from cloister.cli.signer import signing_key
+        from cloister.cli.trust import owner_keys
         from cloister.data.legacy import read_legacy
         from cloister.keyuri import KeyUri
         from cloister.sealed.directory import SealedDirectoryWriter
@@ -58,7 +59,7 @@ def bigdl(
         client = await owner_keys(session)
         data_key = await client.generate_data_key(key)
         name = dataset or KeyUri.parse(key).path.rpartition("/")[2]
-        signer = signing_key(session)
+        signer = signing_key(session.state)
 
         def seal(step: Any) -> Manifest:
             with SealedDirectoryWriter(out, data_key=data_key, dataset=name, signing_key=signer) as writer:
@@ -71,7 +72,7 @@ def bigdl(
 
         with output.progress(f"importing {source.name}", sum(p.stat().st_size for p in files.values())) as advance:
             manifest = await stoppable(seal, advance)
-        await client.publish_manifest(manifest, data_key)
+        await publish(client, manifest, data_key)
         return {
             "directory": str(out.absolute()),
             "dataset": name,

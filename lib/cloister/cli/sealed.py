@@ -120,7 +120,8 @@ async def _rewrap(session: Session, path: Path, output: Output) -> dict[str, Any
 
     def ask(key_uri: str, key_version: int, wrapped: bytes) -> tuple[int, bytes]:
         asked = client.rewrap_data_key(key_uri, key_version=key_version, wrapped=wrapped)
-        return asyncio.run_coroutine_threadsafe(asked, loop).result()
+        answer = asyncio.run_coroutine_threadsafe(asked, loop).result()
+        return answer.key_version, answer.wrapped
 
     with output.progress(f"re-wrapping {path.name}", 0) as advance:
         if path.is_dir():

@@ -19,8 +19,10 @@ from cloister.errors import CloisterError, Code
 
 if TYPE_CHECKING:
     from cloister.cli.session import Session
-    from cloister.guest.owner import OwnerKeyClient
+    from cloister.guest.ownerkeys import OwnerKeyClient
     from cloister.sealed.datakey import DataKey
+    from cloister.sealed.manifest import Manifest
+    from cloister.sealed.stream import SealedReader
 
 T = TypeVar("T")
 Step = Callable[[int, int, str], None]  # bytes done, bytes in all, file at hand
@@ -39,7 +41,8 @@ async def seal_directory(
     succeeds: Path | None = None,
 ) -> dict[str, Any]:
     """Seal into a directory with a new data key of the broker, or go on with an interrupted run's; return what came."""
-    from cloister.cli.trust import owner_keys, signing_key
+    from cloister.cli.signer import signing_key
+    from cloister.cli.trust import owner_keys
     from cloister.keyuri import KeyUri
     from cloister.sealed import directory as sealed
 
@@ -52,7 +55,7 @@ async def seal_directory(
     else:
         refuse_existing(out)
         data_key = await client.generate_data_key(key_uri)
-    signer = signing_key(session)
+    signer = signing_key(session.state)
     began = time.monotonic()
     with output.progress(f"sealing {sources[0].name}", _size(sources)) as advance:
         manifest = await stoppable(
@@ -68,7 +71,7 @@ async def seal_directory(
             ),
             advance,
         )
-    await client.publish_manifest(manifest, data_key)
+    await publish(client, manifest, data_key)
     return {
         "directory": str(out.absolute()),
         "dataset": manifest.dataset,
@@ -81,6 +84,19 @@ async def seal_directory(
         "key_version": data_key.key_version,
         "seconds": round(time.monotonic() - began, 3),
     }
+
+
+async def publish(client: OwnerKeyClient, manifest: Manifest, data_key: DataKey) -> None:
+    """Tell the broker that this is the newest version of its data set: older ones get no key any more."""
+    await client.publish_manifest(
+        manifest.key_uri,
+        dataset_id=manifest.dataset,
+        version=manifest.version,
+        manifest_digest=manifest.digest,
+        parent_digest=manifest.parent,
+        key_version=data_key.key_version,
+        wrapped=data_key.wrapped,
+    )
 
 
 async def seal_file(
@@ -248,7 +264,7 @@ def _size(sources: Sequence[Path]) -> int:
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
-def _copy(source: BinaryIO, target: Any, step: Step) -> int:
+def _copy(source: SealedReader, target: Any, step: Step) -> int:
     done = 0
     while piece := source.read(_CHUNK):
         target.write(piece)

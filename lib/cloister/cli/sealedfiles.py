@@ -39,8 +39,12 @@ async def seal_directory(
     dataset: str,
     output: Output,
     succeeds: Path | None = None,
+    published: bool = True,
 ) -> dict[str, Any]:
-    """Seal into a directory with a new data key of the broker, or go on with an interrupted run's; return what came."""
+    """Seal into a directory with a new data key of the broker, or go on with an interrupted run's; return what came.
+
+    `published`: the broker remembers this version as the newest, and gives no key to whoever holds an older one.
+    """
     from cloister.cli.signer import signing_key
     from cloister.cli.trust import owner_keys
     from cloister.keyuri import KeyUri
@@ -71,7 +75,8 @@ async def seal_directory(
             ),
             advance,
         )
-    await publish(client, manifest, data_key)
+    if published:
+        await publish(client, manifest, data_key)
     return {
         "directory": str(out.absolute()),
         "dataset": manifest.dataset,

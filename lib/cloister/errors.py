@@ -169,6 +169,7 @@ class Code(enum.Enum):
         1403, Kind.UNAUTHENTIC, "a sealed directory does not hold what its manifest says"
     )
     NOT_SEALED = CodeInfo(1404, Kind.USAGE, "this is not a sealed file or directory")
+    PLAINTEXT_REFUSED = CodeInfo(1407, Kind.DENIED, "plaintext would have left a trust domain")
     KEYRING_MISSING = CodeInfo(1406, Kind.USAGE, "sealed data was opened where no key can be found by itself")
     # 1500: training
     JOB_NOT_FOUND = CodeInfo(1501, Kind.NOT_FOUND, "no such job of yours")

@@ -2,14 +2,15 @@
 """`cloister.data.save` and `load`: state dicts and nested objects of tensors in one sealed file, without pickle.
 
 Inside of the sealed stream is an ordinary safetensors file: tensors by their path in the object, and in its metadata a
-JSON skeleton of all the rest, which other readers pass over. Files that `torch.save` wrote are read, too, but only what `weights_only=True` allows.
+JSON skeleton of all the rest, which other readers pass over. Files that `torch.save` wrote are read, too, but only
+what `weights_only=True` allows.
 """
 
 from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from cloister.data import keyring
 from cloister.data.skeleton import put_together, take_apart
@@ -55,16 +56,16 @@ def load(path: str | PathLike[str], *, data_key: DataKey | None = None, map_loca
     return put_together(metadata[_SKELETON], tensors) if _SKELETON in metadata else tensors
 
 
-def open_sealed(path: Path, *, data_key: DataKey | None = None) -> SealedReader:
+def open_sealed(source: Path | BinaryIO, *, data_key: DataKey | None = None) -> SealedReader:
     """Open a sealed file for reading, with the key that the process's keyring finds for its header."""
     if data_key is not None:
-        return SealedReader(path, data_key=data_key)
+        return SealedReader(source, data_key=data_key)
 
     def find(header: Header) -> Any:
         ring = keyring.current()
         return ring.open(header.key_uri, key_version=header.key_version, wrapped=header.wrapped).secret
 
-    return SealedReader(path, data_key=find)
+    return SealedReader(source, data_key=find)
 
 
 def load_torch(file: SealedReader, *, map_location: Any = None) -> Any:

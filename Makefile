@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make demo` and `make test` do all set-up themselves; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check protos format bench fuzz clean node
+.PHONY: help setup demo test check protos format bench fuzz clean node softhsm
 
 PY := .venv/bin
 DATA ?=
@@ -19,7 +19,7 @@ setup: ## make .venv with everything in it (once)
 demo: setup ## seal data, train on two attested ranks, serve the model (DATA=dir, MODEL=dir, KEEP=1)
 	@$(PY)/cloister --state .cloister/demo demo $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(KEEP),--keep)
 
-test: setup node ## run the tests
+test: setup node softhsm ## run the tests
 	@$(PY)/pytest -n 2 --dist loadgroup $(ARGS)
 
 check: setup ## lint, types, import contracts, generated code
@@ -45,6 +45,13 @@ node:
 	@if command -v npm >/dev/null; then for dir in tests/contract tests/foreign; do \
 	  [ -d $$dir/node_modules ] || { echo "[setup] npm packages of $$dir"; npm install --prefix $$dir --ignore-scripts --no-package-lock --silent --no-fund --no-audit; } || exit 1; done; \
 	else echo "[setup] npm is not installed: tests with Node clients will be skipped (sudo apt-get install npm)"; fi
+
+# A software token for the tests of the PKCS#11 back end; without it they are skipped, in CI they fail.
+softhsm:
+	@if command -v softhsm2-util >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then echo "[setup] SoftHSM2"; apt-get install -y -qq softhsm2 >/dev/null; \
+	elif command -v apt-get >/dev/null && sudo -n true 2>/dev/null; then echo "[setup] SoftHSM2"; sudo -n apt-get install -y -qq softhsm2 >/dev/null; \
+	else echo "[setup] SoftHSM2 is not installed: tests of the PKCS#11 back end will be skipped (sudo apt-get install softhsm2)"; fi
 
 clean: ## remove what was built and what the demo made (not .venv)
 	@rm -rf .cloister .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

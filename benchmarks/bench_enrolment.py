@@ -10,18 +10,21 @@ beside its rate.
 
 steady  1, 16, 128 TDs that enrol over and over; the rate limit is out of the way
 burst   1,000 TDs that start together behind one address, with the rate limit as it is delivered
-flood   one address sends 32, 128, 200 quotes at once that verify and are over something else, and others as soon as
-        they are answered, with the rate limit as delivered; the enrolment that is timed comes from another address
-        (127.0.0.2, through a relay, with and without the flood)
+flood   one address sends 32, 200, 500, 1,000 quotes at once that verify and are over something else, and others as soon
+        as they are answered; or as many connections, each with the first message of a handshake and then another one.
+        Limits as delivered; the enrolment that is timed comes from another address (127.0.0.2, through a relay, with
+        and without the flood)
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import resource
+import ssl
 import statistics
 import sys
 import tempfile
@@ -47,7 +50,8 @@ from fakes.attest_harness import SCRIPT, AttestProcess, TdProvider, measure
 
 IN_FLIGHT = (1, 16, 128)
 NO_LIMIT = {"calls_per_s": 10_000, "calls_burst": 100_000}
-FLOODS, FLOOD_S, TIMED = (32, 128, 200), 5.0, 60
+FLOODS = (("calls", 32), ("calls", 200), ("calls", 500), ("calls", 1000), ("connections", 1000))
+FLOOD_S, TIMED = 5.0, 60
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -149,22 +153,24 @@ async def flood(bench: Bench) -> dict[str, Any]:
     async with relay(bench.endpoint, "127.0.0.2") as endpoint:
         await bench.enrol(guest, endpoint)
         quiet = statistics.median([await bench.enrol(guest, endpoint) for _ in range(TIMED)])
-        for in_flight in FLOODS:
+        for kind, in_flight in FLOODS:
             times: list[float] = []
-            async with flooder(bench, in_flight) as answers:
+            async with flooder(bench, kind, in_flight) as answers:
                 end = time.perf_counter() + FLOOD_S
                 while time.perf_counter() < end:
                     times.append(await bench.enrol(guest, endpoint))
             flooded = statistics.median(times)
-            row = {"in_flight": in_flight, "flooded_ms": flooded * 1000, "ratio": flooded / quiet, "answers": answers}
+            row = {"kind": kind, "in_flight": in_flight, "flooded_ms": flooded * 1000, "ratio": flooded / quiet}
+            row["answers"] = answers
             found["floods"].append(row)
     return found | {"quiet_ms": quiet * 1000}
 
 
 @asynccontextmanager
-async def flooder(bench: Bench, in_flight: int) -> AsyncIterator[dict[str, float]]:
+async def flooder(bench: Bench, kind: str, in_flight: int) -> AsyncIterator[dict[str, float]]:
     """Run a flood in a process of its own; how often it was answered, and how, is known at the end."""
     spec = {
+        "kind": kind,
         "endpoint": bench.endpoint,
         "bundle": bench.bundle.to_bytes().decode(),
         "evidence": bench.garbage().hex(),
@@ -186,13 +192,31 @@ async def flooder(bench: Bench, in_flight: int) -> AsyncIterator[dict[str, float
         await process.wait()
 
 
-async def run_flooder(endpoint: str, bundle: str, evidence: str, in_flight: int) -> None:
+async def run_flooder(kind: str, endpoint: str, bundle: str, evidence: str, in_flight: int) -> None:
     """Send garbage until standard input ends, for a limited time at most; then tell how it was answered."""
     answers, stop = Counter[str](), asyncio.Event()
-    garbage = evidence_pb2.Evidence.FromString(bytes.fromhex(evidence))
     loop = asyncio.get_running_loop()
     loop.add_reader(sys.stdin.fileno(), stop.set)
     loop.call_later(3 * FLOOD_S, stop.set)
+    start = time.perf_counter()
+    if kind == "calls":
+        garbage = evidence_pb2.Evidence.FromString(bytes.fromhex(evidence))
+        await flood_with_calls(endpoint, TrustBundle.parse(bundle.encode()), garbage, in_flight, answers, stop)
+    else:
+        await flood_with_connections(endpoint, in_flight, answers, stop)
+    took = time.perf_counter() - start
+    print(json.dumps({name: count / took for name, count in answers.items()}), flush=True)
+
+
+async def flood_with_calls(
+    endpoint: str,
+    bundle: TrustBundle,
+    garbage: evidence_pb2.Evidence,
+    in_flight: int,
+    answers: Counter[str],
+    stop: asyncio.Event,
+) -> None:
+    """Keep so many enrolments in flight, over four connections."""
 
     async def one(stub: attest_pb2_grpc.EnrolmentServiceStub) -> None:
         while not stop.is_set():
@@ -206,16 +230,37 @@ async def run_flooder(endpoint: str, bundle: str, evidence: str, in_flight: int)
             except CloisterError as error:
                 answers[error.code.name] += 1
 
-    start = time.perf_counter()
     async with AsyncExitStack() as stack:
-        parsed = TrustBundle.parse(bundle.encode())
-        channels = [await stack.enter_async_context(open_enrolment_channel(endpoint, bundle=parsed)) for _ in range(4)]
+        channels = [await stack.enter_async_context(open_enrolment_channel(endpoint, bundle=bundle)) for _ in range(4)]
         stubs = [attest_pb2_grpc.EnrolmentServiceStub(channel) for channel in channels]
         tasks = [asyncio.create_task(one(stubs[number % 4])) for number in range(in_flight)]
         print("floods", flush=True)
         await asyncio.gather(*tasks)
-    took = time.perf_counter() - start
-    print(json.dumps({name: count / took for name, count in answers.items()}), flush=True)
+
+
+async def flood_with_connections(endpoint: str, in_flight: int, answers: Counter[str], stop: asyncio.Event) -> None:
+    """Keep so many connections open, each until its handshake was answered: what costs a caller least."""
+    host, _, port = endpoint.rpartition(":")
+    context, hello = ssl.create_default_context(), ssl.MemoryBIO()
+    context.set_alpn_protocols(["h2"])
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), hello, server_hostname="attest").do_handshake()
+    first = hello.read()
+
+    async def one() -> None:
+        while not stop.is_set():
+            try:
+                reader, writer = await asyncio.open_connection(host, int(port))
+                writer.write(first)
+                found = await asyncio.wait_for(reader.read(1), 10)
+                answers["answered" if found else "closed"] += 1
+                writer.close()
+            except (OSError, TimeoutError) as error:
+                answers[type(error).__name__] += 1
+
+    tasks = [asyncio.create_task(one()) for _ in range(in_flight)]
+    print("floods", flush=True)
+    await asyncio.gather(*tasks)
 
 
 @asynccontextmanager
@@ -290,7 +335,7 @@ def main() -> None:
     for row in results["flood"]["floods"]:
         answers = ", ".join(f"{name} {rate:.0f}/s" for name, rate in row["answers"].items())
         print(
-            f"flood, {row['in_flight']} in flight: {row['flooded_ms']:.1f} ms instead of"
+            f"flood of {row['kind']}, {row['in_flight']} in flight: {row['flooded_ms']:.1f} ms instead of"
             f" {results['flood']['quiet_ms']:.1f} ms, {row['ratio']:.2f} x (wanted: <= 2 x); answered {answers}"
         )
 

@@ -156,10 +156,16 @@ class Code(enum.Enum):
     CUSTODIAN_ANSWER_INVALID = CodeInfo(1343, Kind.INTERNAL, "the back end answered what it cannot have meant")
     CUSTODIAN_KEY_EXPIRING = CodeInfo(1344, Kind.STATE, "the back end is about to delete its part of a key")
     CUSTODIAN_BUSY = CodeInfo(1345, Kind.EXHAUSTED, "the back end is asked too much at once")
+    BACKEND_NOT_CONFIGURED = CodeInfo(1346, Kind.STATE, "a key is kept by a back end that is not configured")
     BROKER_SEALED = CodeInfo(1360, Kind.UNAVAILABLE, "the key broker is sealed: it answers when its root key is known")
     SEAL_STATE = CodeInfo(1361, Kind.STATE, "the key broker's root key is in a state that does not allow this")
     UNSEAL_REFUSED = CodeInfo(1362, Kind.DENIED, "this does not unseal the key broker")
     BACKUP_INVALID = CodeInfo(1363, Kind.UNAUTHENTIC, "a backup is cut, damaged, or of another store")
+    DECISION_NOT_FOUND = CodeInfo(1380, Kind.NOT_FOUND, "no such decision of yours in the log")
+    LOG_INVALID = CodeInfo(1381, Kind.UNAUTHENTIC, "a log, a receipt, a checkpoint or a proof does not verify")
+    LOG_CONTRADICTED = CodeInfo(
+        1382, Kind.UNAUTHENTIC, "the log shrank, forked or was replaced: it is not the one that was seen before"
+    )
     # 1400: sealed files
     SEALED_FILE_INVALID = CodeInfo(
         1401, Kind.UNAUTHENTIC, "a sealed file is damaged, cut, or not the one it claims to be"

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merkle trees over append-only logs: RFC 6962, section 2.1, with SHA-256.
 
-A log keeps only its `Frontier` (one digest per set bit of its size) to append and to know its root. Proofs need the
-leaf hashes. Everything here is a pure function of its arguments; hashes are 32 bytes.
+A log keeps its `Frontier` (one digest per set bit of its size) to append and to know its root, and the hashes of its
+perfect subtrees (less than two a leaf) to prove in O(log n). Everything here is a pure function of its arguments;
+hashes are 32 bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 HASH_SIZE: Final = 32
 EMPTY_ROOT: Final = hashlib.sha256(b"").digest()
@@ -47,11 +48,15 @@ class Frontier:
 
     def appended(self, leaf: bytes) -> Frontier:
         """Return the frontier with one more leaf hash; O(log n)."""
-        peaks, node, size = list(self.peaks), leaf, self.size
+        return self.extended(leaf)[0]
+
+    def extended(self, leaf: bytes) -> tuple[Frontier, tuple[bytes, ...]]:
+        """Return the frontier with one more leaf hash, and the perfect subtrees that it completes: itself first."""
+        peaks, size, completed = list(self.peaks), self.size, [leaf]
         while size & 1:  # two perfect subtrees of equal height make one of the next
-            node = node_hash(peaks.pop(), node)
+            completed.append(node_hash(peaks.pop(), completed[-1]))
             size >>= 1
-        return Frontier(self.size + 1, (*peaks, node))
+        return Frontier(self.size + 1, (*peaks, completed[-1])), tuple(completed)
 
     def root(self) -> bytes:
         """Return the Merkle tree hash."""
@@ -72,7 +77,7 @@ class Frontier:
         return cls(size, tuple(data[i : i + HASH_SIZE] for i in range(0, len(data), HASH_SIZE)))
 
 
-def root_of(leaves: Sequence[bytes]) -> bytes:
+def root_of(leaves: Iterable[bytes]) -> bytes:
     """Return the root over leaf hashes."""
     frontier = Frontier()
     for leaf in leaves:
@@ -80,38 +85,76 @@ def root_of(leaves: Sequence[bytes]) -> bytes:
     return frontier.root()
 
 
-def inclusion_proof(leaves: Sequence[bytes], index: int) -> tuple[bytes, ...]:
-    """Return PATH(index, leaves), from the leaf's sibling up to the root's child (RFC 6962, 2.1.1)."""
-    if not 0 <= index < len(leaves):
-        raise MerkleError(f"there is no leaf {index} in a tree of {len(leaves)}")
-    if len(leaves) == 1:
-        return ()
-    split = _split(len(leaves))
-    if index < split:
-        return (*inclusion_proof(leaves[:split], index), root_of(leaves[split:]))
-    return (*inclusion_proof(leaves[split:], index - split), root_of(leaves[:split]))
+# Returns the hash of the perfect subtree over the leaves [number << level, (number + 1) << level): level 0 is a leaf.
+Nodes: TypeAlias = Callable[[int, int], bytes]
 
 
-def consistency_proof(leaves: Sequence[bytes], old_size: int) -> tuple[bytes, ...]:
-    """Return PROOF(old_size, leaves): that the first old_size leaves are a prefix (RFC 6962, 2.1.2).
+def stored_position(level: int, number: int) -> int:
+    """Return the place of a perfect subtree's hash in the sequence of all of them, in the order they come about.
+
+    A leaf is followed by every subtree that it completes, so that a store of them is only ever appended to.
+    """
+    last_leaf = ((number + 1) << level) - 1
+    return 2 * last_leaf - last_leaf.bit_count() + level
+
+
+def range_root(nodes: Nodes, begin: int, end: int) -> bytes:
+    """Return the Merkle tree hash over leaves [begin, end) as part of a tree; O(log n) nodes are asked for.
+
+    `begin` is a multiple of the smallest power of two that is no less than end - begin.
+    """
+    if begin == end:
+        return EMPTY_ROOT
+    peaks = []
+    while begin < end:
+        level = (end - begin).bit_length() - 1
+        peaks.append(nodes(level, begin >> level))
+        begin += 1 << level
+    node = peaks.pop()
+    while peaks:
+        node = node_hash(peaks.pop(), node)
+    return node
+
+
+def inclusion_proof(nodes: Nodes, *, index: int, size: int) -> tuple[bytes, ...]:
+    """Return PATH(index, D[size]), from the leaf's sibling up to the root's child (RFC 6962, 2.1.1)."""
+    if not 0 <= index < size:
+        raise MerkleError(f"there is no leaf {index} in a tree of {size}")
+    path = []
+    begin, end = 0, size
+    while end - begin > 1:
+        middle = begin + _split(end - begin)
+        if index < middle:
+            path.append(range_root(nodes, middle, end))
+            end = middle
+        else:
+            path.append(range_root(nodes, begin, middle))
+            begin = middle
+    return tuple(reversed(path))
+
+
+def consistency_proof(nodes: Nodes, *, old_size: int, new_size: int) -> tuple[bytes, ...]:
+    """Return PROOF(old_size, D[new_size]): that the first old_size leaves are a prefix (RFC 6962, 2.1.2).
 
     A tree is consistent with itself and with the empty tree by an empty proof.
     """
-    if not 0 <= old_size <= len(leaves):
-        raise MerkleError(f"a tree of {len(leaves)} never had {old_size} leaves")
-    if old_size in (0, len(leaves)):
+    if not 0 <= old_size <= new_size:
+        raise MerkleError(f"a tree of {new_size} never had {old_size} leaves")
+    if old_size in (0, new_size):
         return ()
-    return _subproof(leaves, old_size, complete=True)
-
-
-def _subproof(leaves: Sequence[bytes], old_size: int, *, complete: bool) -> tuple[bytes, ...]:
-    """Return SUBPROOF of the RFC; `complete` says that the old tree's own root is known to the verifier."""
-    if old_size == len(leaves):
-        return () if complete else (root_of(leaves),)
-    split = _split(len(leaves))
-    if old_size <= split:
-        return (*_subproof(leaves[:split], old_size, complete=complete), root_of(leaves[split:]))
-    return (*_subproof(leaves[split:], old_size - split, complete=False), root_of(leaves[:split]))
+    path = []
+    begin, end = 0, new_size
+    while old_size < end:
+        middle = begin + _split(end - begin)
+        if old_size <= middle:
+            path.append(range_root(nodes, middle, end))
+            end = middle
+        else:
+            path.append(range_root(nodes, begin, middle))
+            begin = middle
+    if begin:  # otherwise this is the old tree itself, whose root the verifier has
+        path.append(range_root(nodes, begin, end))
+    return tuple(reversed(path))
 
 
 def verify_inclusion(*, leaf: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes) -> None:

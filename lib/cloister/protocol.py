@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from cloister.tlv import sha384, tlv
+from cloister.tlv import parse_tlv, sha384, tlv
 
 NONCE_SIZE: Final = 32
 
@@ -73,6 +73,42 @@ class ReleaseBinding:
 
 
 @dataclass(frozen=True, slots=True)
+class ReceiptClaims:
+    """What a receipt message says, for whoever reads it later."""
+
+    binding: ReleaseBinding
+    terms: LeaseTerms
+    sealed_digest: bytes  # SHA-384 of the answer
+    log_id: bytes  # SHA-384 of the log's key (SubjectPublicKeyInfo, DER)
+    index: int  # of the decision in the log
+    root: bytes  # 32 bytes, of the log that ends with it
+
+    @classmethod
+    def parse(cls, message: bytes) -> ReceiptClaims:
+        """Read what `ReleaseBinding.receipt_message` made; raise ValueError for anything else."""
+        fields = parse_tlv(message, label="cloister-receipt-v2", fields=16)
+        binding = ReleaseBinding(
+            key_uri=fields[0].decode(),
+            key_version=_number(fields[1]),
+            purpose=fields[2].decode(),
+            policy_digest=fields[3],
+            evidence_digest=fields[4],
+            client_nonce=fields[5],
+            broker_nonce=fields[6],
+            broker_id=fields[7].decode(),
+            wrapped_digest=fields[8],
+        )
+        terms = LeaseTerms(*(_number(field) for field in fields[9:12]))
+        return cls(binding, terms, fields[12], fields[13], _number(fields[14]), fields[15])
+
+
+def _number(field: bytes) -> int:
+    if len(field) != 8:
+        raise ValueError("a number has 8 bytes")
+    return int.from_bytes(field, "big")
+
+
+@dataclass(frozen=True, slots=True)
 class JobInput:
     """A sealed directory that a job reads."""
 
@@ -91,3 +127,17 @@ def job_config_digest(
     args_tlv = tlv("args", *args)
     inputs_tlv = tlv("inputs", *(tlv("input", i.name, i.key_uri, i.manifest_digest) for i in inputs))
     return sha384(tlv("cloister-job-config-v1", args_tlv, nodes, seed, inputs_tlv, output_key_uri))
+
+
+def unseal_info(*, action: str, broker_id: str, nonce: bytes) -> bytes:
+    """Return the info of a share or passphrase that is sealed to the broker.
+
+    `action` is "unseal", "initialize" or "rekey": what was meant for one is of no use for another. The nonce is of
+    GetSealStatus, and another one each time the broker is sealed: a recorded share cannot be handed in again.
+    """
+    return tlv("cloister-unseal-v1", action, broker_id, nonce)
+
+
+def share_info(*, broker_id: str, number: int, count: int, threshold: int) -> bytes:
+    """Return the info of a recovery share that is sealed to its holder; `number` is from 1."""
+    return tlv("cloister-share-v1", broker_id, number, count, threshold)

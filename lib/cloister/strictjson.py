@@ -84,6 +84,14 @@ class Members:
             raise StrictJsonError(f"{self._what}: {name} is missing or not a list of up to {most}")
         return value
 
+    def has(self, name: str) -> bool:
+        """Say whether this member is there and was not taken."""
+        return name in self._members
+
+    def inner(self, name: str) -> Members:
+        """Return the members of an object within this one."""
+        return Members(self._members.pop(name, None), f"{self._what}: {name}")
+
     def end(self) -> None:
         if self._members:
             raise StrictJsonError(f"{self._what}: unknown member {min(self._members)[:80]!r}")

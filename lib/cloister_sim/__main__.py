@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from cloister.errors import EXIT_CODE, CloisterError, Code
+from cloister.errors import EXIT_CODE, CloisterError
+from cloister_sim.ending import end_event
 from cloister_sim.platform import SimulatedPlatform
 from cloister_sim.server import SimulatorServer
 
@@ -22,12 +21,7 @@ _REFRESH_S: Final = 86_400.0
 
 async def run(directory: Path, path: Path, lifeline_fd: int | None) -> None:
     """Serve until SIGTERM, SIGINT, or the other end of the lifeline closes."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    if lifeline_fd is not None:
-        _watch(lifeline_fd, stop)
+    stop = end_event(lifeline_fd)
     platform = SimulatedPlatform.create(directory)
     # Before the socket is there: whoever gets a quote can have it verified.
     platform.publish(directory / COLLATERAL, datetime.now(UTC))
@@ -48,25 +42,6 @@ async def _set_within(event: asyncio.Event, seconds: float) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-def _watch(descriptor: int, stop: asyncio.Event) -> None:
-    """Set `stop` when the pipe that the parent holds ends."""
-
-    def readable() -> None:
-        if not os.read(descriptor, 1024):
-            asyncio.get_running_loop().remove_reader(descriptor)
-            stop.set()
-
-    try:
-        asyncio.get_running_loop().add_reader(descriptor, readable)
-    except OSError as error:
-        raise CloisterError(
-            Code.ARGUMENT_INVALID,
-            what=f"--lifeline-fd {descriptor} cannot be watched",
-            why=error.strerror or str(error),
-            todo="pass the read end of an open pipe",
-        ) from error
 
 
 def main() -> int:

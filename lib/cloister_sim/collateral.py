@@ -29,9 +29,12 @@ _EPOCH: Final = datetime.fromisoformat("2020-01-01T00:00:00Z")
 
 
 def make_collateral(
-    keys: PlatformKeys, signing_key: ec.EllipticCurvePrivateKey, qe: SgxReport, td: TdBody, now: datetime
+    keys: PlatformKeys, signing_key: ec.EllipticCurvePrivateKey, qe: SgxReport, td: TdBody | None, now: datetime
 ) -> Collateral:
-    """Return collateral issued at `now`, by which this platform, module and quoting enclave are up to date."""
+    """Return collateral issued at `now`, by which this platform, module and quoting enclave are up to date.
+
+    It is about TDX with this TD's module, or without one about SGX.
+    """
     now = now.replace(microsecond=0)
     extension = keys.pck.extensions.get_extension_for_oid(SGX_EXTENSION_OID).value
     pck = PckExtension.parse(extension.public_bytes())
@@ -39,7 +42,8 @@ def make_collateral(
     chain = pki.to_pem(signer, keys.root)
     # Increases with time, as a CRL number must.
     number = int((now - _EPOCH).total_seconds())
-    tcb_info, qe_identity = _text(tcb_info_of(pck, td, now)), _text(qe_identity_of(qe, now))
+    identity = qe_identity_of(qe, now) | ({"id": "QE"} if td is None else {})
+    tcb_info, qe_identity = _text(tcb_info_of(pck, td, now)), _text(identity)
     return Collateral(
         pck_crl_issuer_chain=pki.to_pem(keys.ca, keys.root),
         root_ca_crl=pki.make_crl(keys.root, keys.root_key, now, life=LIFE, number=number),
@@ -53,16 +57,10 @@ def make_collateral(
     )
 
 
-def tcb_info_of(pck: PckExtension, td: TdBody, now: datetime) -> dict[str, Any]:
-    """Return TCB info 3 about TDX with two levels: what the platform has, and anything below."""
-    module = {
-        "mrsigner": td.mr_signer_seam.hex().upper(),
-        "attributes": "00" * 8,
-        "attributesMask": _ALL * 8,
-    }
-    minor, major = td.tee_tcb_svn[:2]
+def tcb_info_of(pck: PckExtension, td: TdBody | None, now: datetime) -> dict[str, Any]:
+    """Return TCB info 3 about TDX, or SGX, with two levels: what the platform has, and anything below."""
     return {
-        "id": "TDX",
+        "id": "SGX" if td is None else "TDX",
         "version": 3,
         "issueDate": _rfc3339(now),
         "nextUpdate": _rfc3339(now + LIFE),
@@ -70,15 +68,19 @@ def tcb_info_of(pck: PckExtension, td: TdBody, now: datetime) -> dict[str, Any]:
         "pceId": pck.pce_id.hex().upper(),
         "tcbType": 0,
         "tcbEvaluationDataNumber": EVALUATION_NUMBER,
-        "tdxModule": module,
-        "tdxModuleIdentities": [
-            {"id": f"TDX_{major:02X}", **module, "tcbLevels": [_svn_level(minor), _out_of_date(0)]}
-        ],
+        **({} if td is None else _module_of(td)),
         "tcbLevels": [
-            _level(pck.tcb_components, pck.pce_svn, td.tee_tcb_svn, "UpToDate"),
-            _level(bytes(16), 0, bytes(16), "OutOfDate"),
+            _level(pck.tcb_components, pck.pce_svn, None if td is None else td.tee_tcb_svn, "UpToDate"),
+            _level(bytes(16), 0, None if td is None else bytes(16), "OutOfDate"),
         ],
     }
+
+
+def _module_of(td: TdBody) -> dict[str, Any]:
+    module = {"mrsigner": td.mr_signer_seam.hex().upper(), "attributes": "00" * 8, "attributesMask": _ALL * 8}
+    minor, major = td.tee_tcb_svn[:2]
+    identity = {"id": f"TDX_{major:02X}", **module, "tcbLevels": [_svn_level(minor), _out_of_date(0)]}
+    return {"tdxModule": module, "tdxModuleIdentities": [identity]}
 
 
 def qe_identity_of(qe: SgxReport, now: datetime) -> dict[str, Any]:
@@ -100,12 +102,10 @@ def qe_identity_of(qe: SgxReport, now: datetime) -> dict[str, Any]:
     }
 
 
-def _level(sgx: bytes, pce_svn: int, tdx: bytes, status: str) -> dict[str, Any]:
-    tcb = {
-        "sgxtcbcomponents": [{"svn": svn} for svn in sgx],
-        "pcesvn": pce_svn,
-        "tdxtcbcomponents": [{"svn": svn} for svn in tdx],
-    }
+def _level(sgx: bytes, pce_svn: int, tdx: bytes | None, status: str) -> dict[str, Any]:
+    tcb: dict[str, Any] = {"sgxtcbcomponents": [{"svn": svn} for svn in sgx], "pcesvn": pce_svn}
+    if tdx is not None:
+        tcb["tdxtcbcomponents"] = [{"svn": svn} for svn in tdx]
     return {"tcb": tcb, "tcbDate": _TCB_DATE, "tcbStatus": status}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A simulated TDX platform: launches TDs, keeps their registers, signs their quotes in the real version 4 format."""
+"""A simulated platform: launches TDs, keeps their registers, signs quotes of TDs (version 4) and of enclaves (3)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cloister.collateral.bundle import CollateralBundle, save
 from cloister.collateral.family import Edition, Family, PckCa, Tee
 from cloister.tdx import quote as wire
+from cloister.tdx.body import SgxReport
 from cloister.tdx.collateral import Collateral
 from cloister.tdx.eventlog import Event, EventLog
 from cloister.tdx.pckextension import SGX_EXTENSION_OID, PckExtension
-from cloister.tdx.quote import QeReport, Quote, QuoteSignature, TdBody
+from cloister.tdx.quote import QeReport, Quote, QuoteSignature, SgxQuote, TdBody
 from cloister.tdx.trustroot import TrustRoot
 from cloister.tlv import sha384
 from cloister_sim import pki
@@ -31,6 +32,7 @@ REPORT_DATA_SIZE: Final = 64
 EXTENDABLE: Final = (2, 3)  # RTMR0 and RTMR1 belong to the firmware
 
 _QE_AUTH_DATA: Final = bytes(range(32))  # what Intel's quoting enclave writes, too
+_ENCLAVE_SVNS: Final = (4).to_bytes(2, "little") + (13).to_bytes(2, "little")  # quoting enclave, PCE
 _SEPT_VE_DISABLE: Final = 1 << 28
 _XFAM: Final = 0x600E7  # x87, SSE, AVX, AVX-512, AMX: what real TDs on today's platforms have
 # TCG PC Client Platform Firmware Profile, 10.4.1.
@@ -69,20 +71,20 @@ class SimulatedPlatform:
         """Return the platform of a directory, made now if there is none; raise CloisterError when neither works."""
         return cls(load_or_create(Path(directory), now or datetime.now(UTC)))
 
-    def collateral(self, now: datetime) -> Collateral:
+    def collateral(self, now: datetime, tee: Tee = Tee.TDX) -> Collateral:
         """Return what Intel would publish about this platform at `now`: up to date, for thirty days."""
         report = QeReport.parse(self._vouching.qe_report)
-        module = self.launch(bytes(DIGEST_SIZE)).report(bytes(REPORT_DATA_SIZE))
-        return make_collateral(self._keys, self._tcb_signing_key, report, module, now)
+        td = self.launch(bytes(DIGEST_SIZE)).report(bytes(REPORT_DATA_SIZE)) if tee is Tee.TDX else None
+        return make_collateral(self._keys, self._tcb_signing_key, report, td, now)
 
-    def publish(self, directory: Path, now: datetime) -> Path:
+    def publish(self, directory: Path, now: datetime, tee: Tee = Tee.TDX) -> Path:
         """Write that collateral, in both editions, as a directory of bundles; raise CloisterError."""
         pck = PckExtension.parse(
             self._keys.pck.extensions.get_extension_for_oid(SGX_EXTENSION_OID).value.public_bytes()
         )
-        root, collateral = TrustRoot.from_pem(self.root_pem, simulated=True), self.collateral(now)
+        root, collateral = TrustRoot.from_pem(self.root_pem, simulated=True), self.collateral(now, tee)
         for edition in Edition:
-            family = Family(pck.fmspc, PckCa.PLATFORM, Tee.TDX, edition)
+            family = Family(pck.fmspc, PckCa.PLATFORM, tee, edition)
             # What a platform says about itself replaces what it said before, even when the clock was set back.
             save(CollateralBundle(family, now, collateral), directory, root=root, now=now, reset=True)
         return directory
@@ -102,6 +104,21 @@ class SimulatedPlatform:
             qe_vendor_id=wire.INTEL_QE_VENDOR_ID,
             user_data=bytes(20),
             body=body,
+            signature=self._vouching,
+        )
+        signature = _sign(self._attestation_key, quote.signed_bytes())
+        return replace(quote, signature=replace(self._vouching, signature=signature)).to_bytes()
+
+    def sign_enclave(self, report: SgxReport) -> bytes:
+        """Return a version 3 quote over the report of an enclave."""
+        quote = SgxQuote(
+            version=wire.VERSION_SGX,
+            att_key_type=wire.ATT_KEY_ECDSA_P256,
+            tee_type=wire.TEE_SGX,
+            svns=_ENCLAVE_SVNS,
+            qe_vendor_id=wire.INTEL_QE_VENDOR_ID,
+            user_data=bytes(20),
+            body=report,
             signature=self._vouching,
         )
         signature = _sign(self._attestation_key, quote.signed_bytes())

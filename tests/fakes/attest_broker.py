@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import inspect
 import secrets
@@ -63,6 +64,10 @@ class Broker(rpc.KeyReleaseServiceServicer, rpc.KeyOwnerServiceServicer):
     receipt_key: ed25519.Ed25519PrivateKey | None = None
     endpoint: str = ""
     releases: list[str] = field(default_factory=list)
+    lease_ms: int = 3_600_000
+    refusals: list[CloisterError] = field(default_factory=list)  # one for each of the next releases
+    renewals: list[tuple[str, int]] = field(default_factory=list)  # key and version
+    renewed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def BeginRelease(self, request: pb.BeginReleaseRequest, _context: Any) -> pb.BeginReleaseResponse:
         self._nonce = secrets.token_bytes(32)
@@ -83,8 +88,15 @@ class Broker(rpc.KeyReleaseServiceServicer, rpc.KeyOwnerServiceServicer):
             raise CloisterError(Code.TOKEN_INVALID, what="the token is bound to another certificate")
         if self.wants_fresh and self._nonce.hex() not in token.nonces:
             raise CloisterError(Code.TOKEN_INVALID, what="the evidence is not over the broker's nonce")
-        self.releases.append(token.certificate_sha256.hex())
-        wrapped = request.wrapped or b"a new wrapped key"
+        if self.refusals:
+            raise self.refusals.pop(0)
+        renewal = request.WhichOneof("data_key") == "renew"
+        if renewal:
+            self.renewals.append((request.key_uri, request.key_version))
+            self.renewed.set()
+        else:
+            self.releases.append(token.certificate_sha256.hex())
+        wrapped = b"" if renewal else request.wrapped or b"a new wrapped key"
         binding = ReleaseBinding(
             key_uri=request.key_uri, key_version=request.key_version or 1, purpose=PURPOSE_TEXT[request.purpose],
             policy_digest=POLICY_DIGEST, evidence_digest=sha384(request.attestation_result.encode()),
@@ -92,8 +104,8 @@ class Broker(rpc.KeyReleaseServiceServicer, rpc.KeyOwnerServiceServicer):
             wrapped_digest=sha384(wrapped),
         )  # fmt: skip
         now_ms = int(self.attest.clock().timestamp() * 1000)
-        terms = LeaseTerms(1, now_ms, now_ms + 3_600_000)
-        data_key, receipt = self._answer(binding, wrapped, request.hpke_public_key, terms)
+        terms = LeaseTerms(1, now_ms, now_ms + self.lease_ms)
+        data_key, receipt = self._answer(binding, wrapped, b"" if renewal else request.hpke_public_key, terms)
         response = pb.ReleaseResponse(
             data_key=data_key, receipt=receipt, policy_version=terms.policy_version, policy_digest=POLICY_DIGEST,
             decided_unix_ms=terms.decided_ms, lease_until_unix_ms=terms.lease_until_ms,
@@ -149,7 +161,7 @@ class Broker(rpc.KeyReleaseServiceServicer, rpc.KeyOwnerServiceServicer):
         self, binding: ReleaseBinding, wrapped: bytes, recipient: bytes, terms: LeaseTerms = NO_LEASE
     ) -> tuple[pb.SealedDataKey, pb.Receipt]:
         bound = self.bind(binding)
-        sealed = hpke.seal(recipient, SecretBytes(self.secret), info=bound.hpke_info())
+        sealed = hpke.seal(recipient, SecretBytes(self.secret), info=bound.hpke_info()) if recipient else b""
         key = self.receipt_key or self.identity.guest.keys.receipt
         spki = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         log_id, root = sha384(spki), hashlib.sha256(b"log").digest()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import load_der_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
 from cloister.ear import Ear, issue
 from cloister.errors import CloisterError
@@ -38,6 +38,9 @@ from cloister.tlv import sha384
 from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient
 from cloister_keybroker.backends.embedded import EmbeddedBackend
+from cloister_keybroker.logkey import LogKey
+from cloister_keybroker.logservice import CALLERS as LOG_CALLERS
+from cloister_keybroker.logservice import mounted_log
 from cloister_keybroker.nonces import NonceBook
 from cloister_keybroker.owners import Owner, OwnerDesk
 from cloister_keybroker.rootkey import create_root_key, read_root_key
@@ -176,6 +179,7 @@ class Broker:
     releases: ReleaseDesk
     nonces: NonceBook
     receipt_key: Ed25519PrivateKey
+    log_key: LogKey
 
     @classmethod
     async def open(cls, store_path: Path, root_key_path: Path, ca: TestCa, clock: Clock | None = None) -> Broker:
@@ -187,11 +191,9 @@ class Broker:
             (await KeyStore.create(store_path, root_key, SealRecord())).close()
         store = await KeyStore.open(store_path, root_key)
         backend, receipt_key = EmbeddedBackend(root_key), Ed25519PrivateKey.generate()
-        signer, broker_id, nonces = (
-            ReceiptSigner(receipt_key),
-            SpiffeId.service(TRUST_DOMAIN, Role.KEYBROKER),
-            NonceBook(),
-        )
+        broker_id, nonces = SpiffeId.service(TRUST_DOMAIN, Role.KEYBROKER), NonceBook()
+        log_key = await store.begin_life(receipt_key, broker_id, time_ms=int(clock().timestamp() * 1000))
+        signer = ReceiptSigner(receipt_key, log_id=log_key.log_id)
         return cls(
             ca,
             clock,
@@ -208,7 +210,13 @@ class Broker:
             ),
             nonces,
             receipt_key,
+            log_key,
         )
+
+    @property
+    def receipt_spki(self) -> bytes:
+        """The receipt key as the broker's evidence would name it."""
+        return self.receipt_key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
     def sign(self, ear: Ear) -> str:
         return issue(ear, key=self.ca.token_key, key_id=self.ca.token_key_id)
@@ -271,8 +279,8 @@ async def a_served_broker(directory: Path) -> AsyncIterator[tuple[Broker, str]]:
         server = GrpcServer(
             section="127.0.0.1:0",
             credentials=broker.ca.credentials(Role.KEYBROKER),
-            services=mounted(broker.owners, broker.releases, broker.store),
-            callers=CALLERS,
+            services=[*mounted(broker.owners, broker.releases), *mounted_log(broker.store, broker.log_key)],
+            callers={**CALLERS, **LOG_CALLERS},
         )
         await server.start()
         try:

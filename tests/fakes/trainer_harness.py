@@ -158,7 +158,9 @@ class Stack:
         )
         return StaticCredentials(TlsMaterial.from_pem(SecretBytes(pem), _in_a_loop(issue()), self.bundle))
 
-    def provision(self, source: Path, *, scripts: Sequence[bytes], tenant: str = TENANT) -> Provisioned:
+    def provision(
+        self, source: Path, *, scripts: Sequence[bytes], tenant: str = TENANT, lease: str = "1h"
+    ) -> Provisioned:
         """Seal a directory, and let jobs of `tenant` with one of these scripts train on it."""
         self._keys += 1
         owner = f"spiffe://{TRUST_DOMAIN}/ns/{tenant}/user/owner"
@@ -176,6 +178,7 @@ class Stack:
                     [f"sha384:{sha384(script).hex()}" for script in scripts],
                     [f"spiffe://{TRUST_DOMAIN}/ns/{tenant}/job/*/rank/*"],
                     simulated=True,
+                    lease=lease,
                 )
                 await client.create_key(uri, purposes=["train", "export"], policy_yaml=draft.to_yaml().encode())
             data_key = await client.generate_data_key(uris[0])

@@ -90,8 +90,8 @@ async def test_refusals_are_held_back_but_never_more_than_fit() -> None:
 
     with local_attest() as attest:
         limit = RateLimit(per_s=1, burst=1, clock_s=lambda: 0.0)
-        servicer = EnrolmentServicer(attest.enrolment, limit, pause=pause)
-        context = SimpleNamespace(peer=lambda: "ipv4:10.0.0.1:1")
+        servicer = EnrolmentServicer(attest.enrolment, limit, address_of=lambda peer: peer, pause=pause)
+        context = SimpleNamespace(peer=lambda: "10.0.0.1")
         await servicer.Challenge(_CHALLENGE, context)  # its burst
         calls = [asyncio.create_task(servicer.Challenge(_CHALLENGE, context)) for _ in range(MAX_HELD + 2)]
         with pytest.raises(CloisterError) as caught:  # the last finds no place, and is refused at once
@@ -100,7 +100,7 @@ async def test_refusals_are_held_back_but_never_more_than_fit() -> None:
         assert not any(call.done() for call in calls[:-1])
         assert pauses == [1.0] * (MAX_HELD + 1)
         # Another address does not wait for any of them.
-        assert await servicer.Challenge(_CHALLENGE, SimpleNamespace(peer=lambda: "ipv4:10.0.0.2:1"))
+        assert await servicer.Challenge(_CHALLENGE, SimpleNamespace(peer=lambda: "10.0.0.2"))
         for _ in calls:
             held.release()
         outcomes = await asyncio.gather(*calls, return_exceptions=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import socket
 
@@ -153,11 +154,23 @@ async def test_an_address_that_floods_the_open_port_is_slowed_down() -> None:
 
 
 async def test_more_tds_than_an_address_may_enrol_at_once_are_all_enrolled() -> None:
-    async with attest_process(calls_per_s=5, calls_burst=1) as attest:
+    async with attest_process(calls_per_s=20, calls_burst=2, connections=2) as attest:
         services = await asyncio.gather(*(attest.service(Role.TRAINER) for _ in range(8)))
         for service in services:
             await service.aclose()
-        assert Code.RATE_LIMITED.text in attest.log()
+        assert Code.RATE_LIMITED.text not in attest.log()  # they waited before the door
+
+
+async def test_behind_the_door_nobody_is_served_who_did_not_come_in_by_it() -> None:
+    async with attest_process() as attest:
+        listening = re.search(r'"endpoint": "([^"]+)".*"anonymous": true', attest.log())
+        assert listening
+        assert listening[1] not in attest.endpoints.values()
+        async with open_enrolment_channel(listening[1], bundle=attest.bundle) as channel:
+            stub = attest_pb2_grpc.EnrolmentServiceStub(channel)
+            with pytest.raises(CloisterError) as caught:
+                await invoke(stub.Challenge, attest_pb2.ChallengeRequest(role="trainer"), timeout_s=10, what="ask")
+            assert caught.value.code is Code.CALLER_NOT_ALLOWED
 
 
 async def test_a_broken_configuration_is_named_with_file_and_line() -> None:

@@ -209,7 +209,16 @@ async def test_from_a_sealed_key_to_an_attested_rank_and_across_a_restart() -> N
 
 @pytest.mark.parametrize(
     "trouble",
-    ["no root key", "open root key", "other root key", "unknown key in the file", "no store", "empty store", "shares"],
+    [
+        "no root key",
+        "open root key",
+        "other root key",
+        "unknown key in the file",
+        "no such back end",
+        "no store",
+        "empty store",
+        "shares",
+    ],
 )
 async def test_a_broker_that_cannot_be_right_does_not_start(trouble: str) -> None:
     async with a_stack() as (_, broker):
@@ -228,14 +237,17 @@ async def test_a_broker_that_cannot_be_right_does_not_start(trouble: str) -> Non
             broker.store.write_bytes(b"")
         elif trouble == "shares":
             broker.config_file.write_text(broker.config_file.read_text().replace("file:root.key", "shares"))
-        else:
+        elif trouble == "no such back end":
             broker.write_config("backend = 'cloud'\n")
+        else:
+            broker.write_config("cloud = true\n")
         code, log = await broker.fails()
         expected = {
             "no root key": (5, "CLO-1003"),
             "open root key": (2, "CLO-1001"),
             "other root key": (1, "CLO-1310"),
-            "unknown key in the file": (2, "allowed keys: operators, root_key"),
+            "unknown key in the file": (2, "allowed keys: backend, former_backends, operators, root_key"),
+            "no such back end": (2, "it does not begin with a scheme"),
             "no store": (5, "there is no database at"),
             "empty store": (1, "is empty"),
             "shares": (2, "the store's root key comes from: file"),

@@ -203,3 +203,84 @@ def test_close_finishes_what_was_asked_for_and_refuses_the_rest(path: Path) -> N
     again = Database.open(path, SCHEMA)
     assert again.read_sync(count) == 5
     again.close()
+
+
+# Snapshots.
+
+
+async def restored(path: Path, snapshot_bytes: bytes) -> list[str]:
+    path.write_bytes(snapshot_bytes)
+    copy = Database.open(path, SCHEMA, create=False)
+    try:
+        assert await copy.read(lambda c: c.execute("PRAGMA integrity_check").fetchall()) == [("ok",)]
+        return await copy.read(names)
+    finally:
+        copy.close()
+
+
+async def test_a_snapshot_is_the_moment_it_was_taken_at_while_writes_go_on(database: Database, tmp_path: Path) -> None:
+    for number in range(300):
+        await database.write(insert(f"before-{number}"))
+    data = b""
+    async with database.snapshot(count) as snapshot:
+        assert snapshot.found == 300
+        async for chunk in snapshot.chunks(4096):
+            data += chunk
+            # More than the thousand pages after which SQLite would write into the file by itself.
+            await database.write(insert(f"meanwhile-{len(data)}" + "x" * 1_000_000))
+    assert len(data) == snapshot.size_bytes
+    assert await database.read(count) > 305
+    assert await restored(tmp_path / "copy.db", data) == [f"before-{number}" for number in range(300)]
+    async with database.snapshot(count) as later:
+        whole = b"".join([chunk async for chunk in later.chunks(1 << 20)])
+    assert len(await restored(tmp_path / "later.db", whole)) == later.found > 305
+
+
+async def test_after_a_snapshot_the_log_is_brought_into_the_file_again(database: Database, path: Path) -> None:
+    async with database.snapshot(count):
+        pass
+    for number in range(30):
+        await database.write(insert(f"{number}" + "x" * 200_000))
+    assert path.stat().st_size > 4_000_000
+
+
+async def test_a_snapshot_that_is_interrupted_says_so_and_lets_go(database: Database) -> None:
+    await database.write(insert("one"))
+
+    async def read_while_it_closes() -> None:
+        async with database.snapshot(count) as snapshot:
+            chunks = snapshot.chunks(512)
+            await anext(chunks)
+            await asyncio.to_thread(database.close)
+            await anext(chunks)
+
+    with pytest.raises(CloisterError) as caught:
+        await read_while_it_closes()
+    assert caught.value.code is Code.IO_FAILED
+    with pytest.raises(CloisterError):
+        async with database.snapshot(count):
+            pass
+
+
+async def test_the_file_stays_locked_after_a_snapshot(database: Database, path: Path) -> None:
+    """Closing any descriptor of a file ends every lock that the process has on it."""
+    async with database.snapshot(count) as snapshot:
+        _ = [chunk async for chunk in snapshot.chunks(1 << 20)]
+    program = "import sys; from pathlib import Path; from cloister.runtime.database import Database\n"
+    program += "Database.open(Path(sys.argv[1]), [sys.argv[2]])"
+    second = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", program, str(path), SCHEMA[0]], capture_output=True, text=True
+    )
+    assert second.returncode == 1
+    assert "CLO-1008" in second.stderr
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_database_that_has_to_be_there_is_not_made(path: Path, content: bytes | None) -> None:
+    path.parent.mkdir()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CloisterError) as caught:
+        Database.open(path, SCHEMA, create=False)
+    assert caught.value.code is (Code.FILE_NOT_FOUND if content is None else Code.IO_FAILED)
+    assert list(path.parent.iterdir()) == ([] if content is None else [path])

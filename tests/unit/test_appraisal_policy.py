@@ -86,7 +86,7 @@ def test_a_digest_is_of_what_a_policy_says_and_not_of_how_it_is_written() -> Non
         ("features: []", "debug: allow", "spec.td.debug"),
         ("features: []", "profiling: allow", "spec.td.profiling"),
         ("b0c06f000000", "B0C06F000000", "spec.platforms.fmspc[0]"),
-        ("mr_td: [", "rtmr3: [", "spec.measurements.rtmr3"),
+        ("mr_td: [", "rtmr4: [", "spec.measurements.rtmr4"),
         ("{set: owners}", "{set: owners, version: 1}", "spec.measurements.mr_owner.version"),
         ("{set: owners}", "{}", "spec.measurements.mr_owner.set"),
         ("{set: owners}", "[]", "spec.measurements.mr_owner"),
@@ -124,7 +124,7 @@ def test_a_reference_set_is_read_by_register() -> None:
     ("right", "wrong"),
     [
         ("ReferenceSet", "AppraisalPolicy"),
-        ("rtmr1", "rtmr3"),
+        ("rtmr1", "rtmr4"),
         ("name: firmware", "name: ''"),
         (f'mr_td: ["{HEX}"]', "mr_td: []"),
         (f'mr_td: ["{HEX}"]', f'mr_td: ["{HEX}", "{HEX}"]'),

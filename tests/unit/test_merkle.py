@@ -13,11 +13,14 @@ from cloister.merkle import (
     EMPTY_ROOT,
     Frontier,
     MerkleError,
+    Nodes,
     consistency_proof,
     inclusion_proof,
     leaf_hash,
     node_hash,
+    range_root,
     root_of,
+    stored_position,
     verify_consistency,
     verify_inclusion,
 )
@@ -35,6 +38,16 @@ CT_ROOTS = [
     "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328",
 ]
 LEAVES = [leaf_hash(bytes([i])) for i in range(70)]
+
+
+def nodes_of(leaves: list[bytes]) -> Nodes:
+    """Give perfect subtrees of these leaves from a store that was only ever appended to."""
+    stored: list[bytes] = []
+    frontier = Frontier()
+    for leaf in leaves:
+        frontier, completed = frontier.extended(leaf)
+        stored.extend(completed)
+    return lambda level, number: stored[stored_position(level, number)]
 
 
 def oracle(leaves: list[bytes]) -> bytes:
@@ -80,7 +93,7 @@ def test_an_inclusion_proof_proves_its_leaf_and_no_other(data: st.DataObject) ->
     size = data.draw(st.integers(1, 70))
     index = data.draw(st.integers(0, size - 1))
     leaves, root = LEAVES[:size], oracle(LEAVES[:size])
-    proof = inclusion_proof(leaves, index)
+    proof = inclusion_proof(nodes_of(LEAVES), index=index, size=size)
     verify_inclusion(leaf=leaves[index], index=index, size=size, proof=proof, root=root)
     other = data.draw(st.integers(0, size - 1).filter(lambda i: i != index)) if size > 1 else None
     if other is not None:
@@ -104,7 +117,7 @@ def test_a_consistency_proof_proves_every_prefix(a: int, b: int) -> None:
         old_root=oracle(LEAVES[:old]),
         new_size=new,
         new_root=oracle(LEAVES[:new]),
-        proof=consistency_proof(LEAVES[:new], old),
+        proof=consistency_proof(nodes_of(LEAVES), old_size=old, new_size=new),
     )
 
 
@@ -119,7 +132,7 @@ def test_a_log_rewritten_behind_an_old_root_has_no_proof(old: int, new: int, cha
             old_root=oracle(LEAVES[:old]),
             new_size=new,
             new_root=oracle(rewritten),
-            proof=consistency_proof(rewritten, old),
+            proof=consistency_proof(nodes_of(rewritten), old_size=old, new_size=new),
         )
 
 
@@ -135,10 +148,48 @@ def test_invented_proofs_end_in_one_error_or_prove_an_equal_root(old: int, new: 
 
 def test_sizes_that_cannot_be_are_refused() -> None:
     with pytest.raises(MerkleError):
-        inclusion_proof(LEAVES[:3], 3)
+        inclusion_proof(nodes_of(LEAVES), index=3, size=3)
     with pytest.raises(MerkleError):
-        consistency_proof(LEAVES[:3], 4)
+        consistency_proof(nodes_of(LEAVES), old_size=4, new_size=3)
     with pytest.raises(MerkleError):
         verify_consistency(old_size=4, old_root=bytes(32), new_size=3, new_root=bytes(32), proof=())
     with pytest.raises(MerkleError):
         verify_inclusion(leaf=LEAVES[0], index=0, size=1, proof=[bytes(32)] * 70, root=LEAVES[0])
+
+
+@given(st.integers(0, 6), st.integers(0, 70))
+def test_every_perfect_subtree_stands_where_it_is_looked_for(level: int, number: int) -> None:
+    begin, end = number << level, (number + 1) << level
+    if end <= 70:
+        assert nodes_of(LEAVES)(level, number) == oracle(LEAVES[begin:end])
+
+
+def test_stored_positions_are_the_sequence_in_which_subtrees_come_about() -> None:
+    came = []
+    for leaf in range(64):
+        level = 0
+        while (leaf + 1) % (1 << level) == 0:
+            came.append(stored_position(level, leaf >> level))
+            level += 1
+    assert came == list(range(len(came)))
+
+
+@given(st.integers(0, 70))
+def test_the_root_at_any_size_comes_from_subtrees(size: int) -> None:
+    assert range_root(nodes_of(LEAVES), 0, size) == oracle(LEAVES[:size])
+
+
+@given(st.integers(1, 2**40), st.data())
+def test_a_proof_asks_for_few_nodes_of_a_large_tree(size: int, data: st.DataObject) -> None:
+    asked = []
+
+    def nodes(level: int, number: int) -> bytes:
+        asked.append((level, number))
+        assert (number + 1) << level <= size  # only what is complete is stored
+        return bytes(32)
+
+    inclusion_proof(nodes, index=data.draw(st.integers(0, size - 1)), size=size)
+    assert len(asked) <= 2 * size.bit_length()
+    asked.clear()
+    consistency_proof(nodes, old_size=data.draw(st.integers(0, size)), new_size=size)
+    assert len(asked) <= 2 * size.bit_length()

@@ -6,7 +6,8 @@ tcb.status, tcb.evaluation, td.A1 to td.A11   what every TD must be (cloister.td
 tcb.date, tcb.advisories                      what is still open on the platform
 collateral.age                                how long ago the newest word about it was signed
 platform.fmspc, platform.piid                 which machines
-measurements.<register>                       what was launched
+measurements.<register>                       what was launched; rtmr3 as it was when the workload was sealed
+event-log.required, .forbidden, .order, .closed   how: events of the log, which has replayed (cloister.appraisal.events)
 workload.environment                          what it runs on
 
 All of them are made, so that a report shows all that is wrong; all that the policy assigns must hold.
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from cloister.appraisal.events import check_events
 from cloister.appraisal.policy import NamedSet, TdPolicy
 from cloister.appraisal.references import ReferenceSet
 from cloister.ear import AFFIRMING, WARNING
@@ -27,10 +29,11 @@ from cloister.tdx.body import TdBody
 from cloister.tdx.check import Check
 from cloister.tdx.collateral import VerifiedCollateral
 from cloister.tdx.defaultpolicy import DefaultPolicy, appraise_platform
+from cloister.tdx.eventlog import EventLog
 from cloister.tdx.quote import Quote
 from cloister.tdx.tcbinfo import TcbStatus
 from cloister.tdx.verify import Verdict
-from cloister.tdx.workload import Workload
+from cloister.tdx.workload import Workload, sealed_register
 
 # Tiers of a trustworthiness vector (draft-ietf-rats-ar4si): 2 affirming, 32 warning.
 _AFFIRMED: Final = 2
@@ -54,6 +57,7 @@ class TdAppraisal:
 
 def appraise_td(
     verdict: Verdict,
+    log: EventLog,
     workload: Workload,
     *,
     policy: TdPolicy,
@@ -75,7 +79,8 @@ def appraise_td(
         *_tcb(verdict, policy),
         *_age(verdict, policy, now, stale=stale),
         *_platform(verdict, policy),
-        *_measurements(verdict, policy, references),
+        *_measurements(verdict, log, policy, references),
+        *(check_events(log, policy.events) if policy.events is not None else ()),
         *_workload(workload, policy),
     ]
     vector = _vector(verdict, stale=stale)
@@ -119,14 +124,16 @@ def _platform(verdict: Verdict, policy: TdPolicy) -> Iterator[Check]:
         yield _one_of("platform.piid", verdict.pck.platform_instance_id, policy.piids)
 
 
-def _measurements(verdict: Verdict, policy: TdPolicy, references: Mapping[str, ReferenceSet]) -> Iterator[Check]:
+def _measurements(
+    verdict: Verdict, log: EventLog, policy: TdPolicy, references: Mapping[str, ReferenceSet]
+) -> Iterator[Check]:
     quote = verdict.quote
     for register, allowed in policy.measurements.items():
         name = f"measurements.{register}"
         if not isinstance(quote, Quote):
             yield Check(name, False, "a TD", _NO_TD)
             continue
-        value = _registers(quote.body)[register]
+        value = _registers(quote.body, log)[register]
         if not isinstance(allowed, NamedSet):
             yield _one_of(name, value, allowed)
             continue
@@ -161,15 +168,18 @@ def _vector(verdict: Verdict, *, stale: bool) -> Mapping[str, int]:
     return vector
 
 
-def _registers(body: TdBody) -> Mapping[str, bytes]:
-    names = ("rtmr0", "rtmr1", "rtmr2", "rtmr3")
+def _registers(body: TdBody, log: EventLog) -> Mapping[str, bytes]:
+    r0, r1, r2, _ = body.rtmrs
     return {
         "mr_td": body.mr_td,
         "mr_seam": body.mr_seam,
         "mr_config_id": body.mr_config_id,
         "mr_owner": body.mr_owner,
         "mr_owner_config": body.mr_owner_config,
-        **dict(zip(names, body.rtmrs, strict=True)),
+        "rtmr0": r0,
+        "rtmr1": r1,
+        "rtmr2": r2,
+        "rtmr3": sealed_register(log),
     }
 
 

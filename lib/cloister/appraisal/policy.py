@@ -10,6 +10,7 @@
       td: {features: [PKS], migratable: deny, service_tds: []}   # strict as it stands here, and when left out
       platforms: {fmspc: [b0c06f000000], piid: ["..."]}
       measurements: {mr_td: ["..."], rtmr1: {set: firmware, min_version: 3}}
+      event_log: {required: [{register: rtmr1, type: EV_EFI_ACTION, digests: ["..."]}]}     # cloister.appraisal.events
       workload: {environment: ["sha384:..."]}
 
 All that is assigned must hold. Debug, profiling, a host that can inject exceptions, unknown XFAM bits and a revoked
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Final
 
+from cloister.appraisal.events import EventRules, parse_event_rules
 from cloister.appraisal.references import MAX_VERSION, REGISTER_TEXT, REGISTERS
 from cloister.identity import is_name
 from cloister.policyblocks import (
@@ -69,6 +71,7 @@ class TdPolicy:
     fmspcs: tuple[bytes, ...] | None  # 6 bytes each
     piids: tuple[bytes, ...] | None  # 16 bytes each
     measurements: Mapping[str, tuple[bytes, ...] | NamedSet]
+    events: EventRules | None
     environments: tuple[bytes, ...] | None  # 48 bytes each
     digest: bytes  # 48 bytes, of the canonical form
     source: bytes  # the file
@@ -93,6 +96,8 @@ def parse_td_policy(data: bytes) -> TdPolicy:
     features, migratable, service_tds = _td(spec.optional("td"))
     fmspcs, piids = _platforms(spec.optional("platforms"))
     measurements = _measurements(spec.optional("measurements"))
+    event_log = spec.optional("event_log")
+    events = None if event_log is None else parse_event_rules(event_log)
     environments = _workload(spec.optional("workload"))
     spec.end()
     return TdPolicy(
@@ -110,6 +115,7 @@ def parse_td_policy(data: bytes) -> TdPolicy:
         fmspcs=fmspcs,
         piids=piids,
         measurements=measurements,
+        events=events,
         environments=environments,
         digest=digest_of(document.root),
         source=data,

@@ -20,7 +20,7 @@ from typing import Final
 from cloister.identity import is_name
 from cloister.policyblocks import API_VERSION, BlockReader, digest_of, parse_hex, read_document
 
-# RTMR3 is not here: it grows with every key a TD receives; the event log says what went into it.
+# RTMR3 is meant as it was when the workload was sealed: it grows with every key that a TD receives.
 REGISTERS: Final = (
     "mr_td",
     "mr_seam",
@@ -30,6 +30,7 @@ REGISTERS: Final = (
     "rtmr0",
     "rtmr1",
     "rtmr2",
+    "rtmr3",
 )
 REGISTER_TEXT: Final = "96 hexadecimal digits in lower case"
 MAX_VERSION: Final = 2**31 - 1

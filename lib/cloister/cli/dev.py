@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from cloister.cli import devehsm
 from cloister.cli.options import Json, State, run_async, state_directory
 from cloister.cli.output import Output
 from cloister.cli.stackconfig import StackOptions
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from cloister.cli.state import Stack, StateDirectory
 
 app = typer.Typer(help="A local stack: attest, keybroker, trainer and gateway.", no_args_is_help=True)
+
+devehsm.register(app)
 
 _FOLLOW_INTERVAL_S: Final = 0.2
 

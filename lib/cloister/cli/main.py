@@ -25,6 +25,7 @@ from cloister.cli import (
     keys,
     measure,
     model,
+    policy,
     predict,
     quote,
     sealed,
@@ -50,6 +51,7 @@ def build_app() -> typer.Typer:
     app.add_typer(dev.app, name="dev")
     app.add_typer(identity.app, name="identity")
     app.add_typer(keys.app, name="key")
+    app.add_typer(policy.app, name="policy")
     sealing.register(app)
     app.add_typer(sealed.app, name="sealed")
     app.add_typer(imports.app, name="import")

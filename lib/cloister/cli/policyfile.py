@@ -25,6 +25,7 @@ class PolicyDraft:
     version: int = 1
     previous: str = ""  # "sha384:<hex>" of the policy in force, empty for the first
     max_per_job: int = 8
+    lease: str = "1h"
 
     def to_yaml(self) -> str:
         """Render the policy; every value is quoted, so that YAML finds nothing to interpret."""
@@ -46,7 +47,7 @@ class PolicyDraft:
                 "      no_events_after: cloister.workload.sealed",
                 f"    identity: {{spiffe: {_list(self.identities)}}}",
                 "    evidence: {max_age: 5m, nonce: broker}",
-                f"  release: {{wrap: [hpke-x25519-mlkem768], max_per_job: {self.max_per_job}}}",
+                f"  release: {{wrap: [hpke-x25519-mlkem768], max_per_job: {self.max_per_job}, lease: {self.lease}}}",
                 "",
             ]
         )

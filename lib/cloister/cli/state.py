@@ -6,6 +6,7 @@
 <state>/user/key.pem chain.pem          the user's key (made once, 0600) and present certificate
 <state>/user/gateway-ca.pem             what `curl --cacert` takes
 <state>/platform/                       development root and simulated platform (made once)
+<state>/ehsm/server client/             the EHSM development server, and a client enrolled with it
 <state>/config/*.toml  logs/*.log  run/ configuration, logs and endpoint files of the services
 <state>/attest keybroker trainer gateway/   what each service keeps
 """
@@ -90,6 +91,10 @@ class StateDirectory:
     @property
     def platform(self) -> Path:
         return self.root / "platform"
+
+    @property
+    def ehsm(self) -> Path:
+        return self.root / "ehsm"
 
     @property
     def config(self) -> Path:

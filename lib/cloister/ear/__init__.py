@@ -9,7 +9,7 @@ it may be shown several times within its five minutes: what a relying party uses
 from __future__ import annotations
 
 from cloister.ear.members import TokenRejected
-from cloister.ear.token import issue, public_jwk, verify
+from cloister.ear.token import issue, public_jwk, read_unverified, verify
 from cloister.ear.values import (
     AFFIRMING,
     MAX_LIFETIME,
@@ -33,5 +33,6 @@ __all__ = [
     "WorkloadClaims",
     "issue",
     "public_jwk",
+    "read_unverified",
     "verify",
 ]

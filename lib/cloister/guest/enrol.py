@@ -28,15 +28,18 @@ from cloister.guest.guest import Guest
 from cloister.identity import Role, SpiffeId
 from cloister.protocol import NONCE_SIZE, combined_nonce
 from cloister.runtime.bundle import TrustBundle
-from cloister.runtime.channel import invoke, open_enrolment_channel
+from cloister.runtime.channel import SwappingChannel, invoke, open_enrolment_channel
 from cloister.runtime.credentials import TlsMaterial
+from cloister.runtime.limits import Limits
 from cloister.runtime.logging import get_logger
 from cloister.runtime.pem import read_leaf
 from cloister.secret import SecretBytes
 from cloister.tlv import sha384
 
-_CALL_TIMEOUT_S: Final = 20.0
-# A thousand TDs behind one address take half a minute at the rate that attest grants an address.
+# A thousand TDs behind one address take half a minute at the rate that attest grants an address. Most of it they wait
+# before the handshake: that may take longer here than anywhere else.
+_CALL_TIMEOUT_S: Final = 75.0
+_LIMITS: Final = Limits(connect_timeout_s=60.0)
 _BUSY_FOR_S: Final = 60.0
 _BUSY_WAIT_S: Final = 0.25
 _BUSY_LAST_WAIT_S: Final = 4.0
@@ -62,10 +65,12 @@ class EnrolmentTransport(Protocol):
 
 
 class RemoteEnrolment:
-    """Attest over TLS that authenticates attest alone; a new connection each time, since it is rare.
+    """Attest over TLS that authenticates attest alone; a new connection for each enrolment, since they are rare.
 
     A call that attest is too busy for is made again: it was turned away before anything was done about it.
     """
+
+    _channel: SwappingChannel | None = None  # from challenge to attest
 
     def __init__(
         self, endpoint: str, bundle: TrustBundle, *, busy_for_s: float = _BUSY_FOR_S, first_wait_s: float = _BUSY_WAIT_S
@@ -75,27 +80,43 @@ class RemoteEnrolment:
         self._busy_for_s, self._first_wait_s = busy_for_s, first_wait_s
 
     async def challenge(self, request: attest_pb2.ChallengeRequest) -> attest_pb2.ChallengeResponse:
-        response: attest_pb2.ChallengeResponse = await self._call("Challenge", request, "ask attest for a nonce")
+        await self._hang_up()  # what is left of an enrolment that did not get to its end
+        response: attest_pb2.ChallengeResponse
+        try:
+            response = await self._call("Challenge", request, "ask attest for a nonce")
+        except BaseException:
+            await self._hang_up()
+            raise
         return response
 
     async def attest(self, request: attest_pb2.AttestRequest) -> attest_pb2.AttestResponse:
-        response: attest_pb2.AttestResponse = await self._call("Attest", request, "enrol with attest")
+        response: attest_pb2.AttestResponse
+        try:
+            response = await self._call("Attest", request, "enrol with attest")
+        finally:
+            await self._hang_up()
         return response
 
     async def _call(self, name: str, request: Any, what: str) -> Any:
         end = time.monotonic() + self._busy_for_s
         wait_s = self._first_wait_s
-        async with open_enrolment_channel(self._endpoint, bundle=self._bundle) as channel:
-            method = getattr(attest_pb2_grpc.EnrolmentServiceStub(channel), name)
-            while True:
-                try:
-                    return await invoke(method, request, timeout_s=_CALL_TIMEOUT_S, what=what)
-                except CloisterError as error:
-                    pause_s = wait_s * (0.5 + 0.5 * _JITTER())
-                    if error.code is not Code.RATE_LIMITED or time.monotonic() + pause_s > end:
-                        raise
-                await asyncio.sleep(pause_s)
-                wait_s = min(2 * wait_s, _BUSY_LAST_WAIT_S)
+        if self._channel is None:
+            self._channel = open_enrolment_channel(self._endpoint, bundle=self._bundle, limits=_LIMITS)
+        method = getattr(attest_pb2_grpc.EnrolmentServiceStub(self._channel), name)
+        while True:
+            try:
+                return await invoke(method, request, timeout_s=_CALL_TIMEOUT_S, what=what)
+            except CloisterError as error:
+                pause_s = wait_s * (0.5 + 0.5 * _JITTER())
+                if error.code is not Code.RATE_LIMITED or time.monotonic() + pause_s > end:
+                    raise
+            await asyncio.sleep(pause_s)
+            wait_s = min(2 * wait_s, _BUSY_LAST_WAIT_S)
+
+    async def _hang_up(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close()
 
 
 @dataclass(frozen=True, slots=True)

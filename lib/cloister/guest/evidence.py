@@ -204,7 +204,9 @@ class EvidenceVerifier:
         log, workload = _workload(evidence.event_log, body.rtmrs, role, checklist)  # 6
         wanted = report_data_of(evidence)
         checklist.require_equal("report-data", Code.REPORT_DATA_MISMATCH, wanted=wanted, got=body.report_data)  # 7
-        appraisal = appraise_td(verdict, workload, policy=self.policy, references=self.references, now=now)  # 8
+        appraisal = appraise_td(  # 8
+            verdict, log, workload, policy=self.policy, references=self.references, now=now
+        )
         checklist.require_all(appraisal.checks, Code.APPRAISAL_FAILED)
         return VerifiedEvidence(
             verdict=verdict,

@@ -23,7 +23,7 @@ from cloister.guest.provider import QuoteProvider, open_provider
 from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
 from cloister.identity import Role
 from cloister.tdx.eventlog import Event, EventLog, EventLogRejected
-from cloister.tdx.workload import KEY, SEALED, KeyClaim
+from cloister.tdx.workload import KEY, SEALED, KeyClaim, WorkloadPlan
 
 _RTMR: Final = 3
 _SIGNS_RECEIPTS: Final = frozenset({Role.KEYBROKER})
@@ -112,6 +112,12 @@ class Guest:
             self._extend(SEALED, role.encode("ascii"))
             self._role, self._keys = role, TdKeys.generate()
             return self._keys
+
+    def run_as(self, plan: WorkloadPlan) -> TdKeys:
+        """Measure a whole workload, seal, and make the TD's keys; raise EventLogRejected for a plan that is none."""
+        for event in plan.events[:-1]:
+            self.measure(event.name, event.payload)
+        return self.seal(plan.role)
 
     def evidence(self, *, nonce: bytes, audience: str, trust_domain: str) -> evidence_pb2.Evidence:
         """Return fresh evidence over the TD's own keys, for one audience and nonce (32 or 48 bytes)."""

@@ -22,6 +22,7 @@ from cloister.tdx.quote import Quote, QuoteRejected
 from cloister.tlv import sha384, tlv
 
 _CALL_TIMEOUT_S: Final = 20.0
+_LOG_ID_SIZE: Final = 48  # SHA-384 of the log's own key; which log it is, the owner's audit compares
 _ROOT_SIZE: Final = 32  # SHA-256, RFC 6962
 _NO_LEASE: Final = LeaseTerms()  # the owner's own calls
 
@@ -49,6 +50,26 @@ def open_answer(
     compared with its request before. `terms` is the lease as the broker's answer says it. Raises
     CloisterError(RECEIPT_INVALID).
     """
+    message = check_answer(answer, receipt, binding=binding, receipt_spki_der=receipt_spki_der, terms=terms)
+    try:
+        secret = recipient.open(answer.sealed, info=binding.hpke_info())
+    except HpkeError as error:
+        refuse(str(error))
+    if len(secret) != DATA_KEY_SIZE:
+        refuse(f"a data key of {len(secret)} bytes instead of {DATA_KEY_SIZE}")
+    data_key = DataKey(secret, answer.wrapped, answer.key_uri, answer.key_version)
+    return Received(data_key, sha384(tlv("cloister-receipt-digest-v1", message, receipt.signature)))
+
+
+def check_answer(
+    answer: keybroker_pb2.SealedDataKey,
+    receipt: keybroker_pb2.Receipt,
+    *,
+    binding: ReleaseBinding,
+    receipt_spki_der: bytes,
+    terms: LeaseTerms,
+) -> bytes:
+    """Check an answer without opening it, see `open_answer`; return the message that the receipt signs."""
     if answer.key_uri != binding.key_uri or answer.key_version != binding.key_version:
         refuse("the answer is about another key than the one asked for")
     if not secrets.compare_digest(sha384(answer.wrapped), binding.wrapped_digest):
@@ -56,22 +77,16 @@ def open_answer(
     key = load_ed25519_spki(receipt_spki_der)
     if key is None or not secrets.compare_digest(receipt.receipt_spki_der, receipt_spki_der):
         refuse("the receipt is under another key than the broker's evidence names")
-    if not secrets.compare_digest(receipt.log_id, sha384(receipt_spki_der)) or len(receipt.root) != _ROOT_SIZE:
-        refuse("the receipt names another log, or no root of it")
+    if len(receipt.log_id) != _LOG_ID_SIZE or len(receipt.root) != _ROOT_SIZE:
+        refuse("the receipt names no log, or no root of it")
     message = binding.receipt_message(
         sealed=answer.sealed, terms=terms, log_id=receipt.log_id, index=receipt.index, root=receipt.root
     )
     try:
         key.verify(receipt.signature, message)
-        secret = recipient.open(answer.sealed, info=binding.hpke_info())
     except InvalidSignature:
         refuse("the signature of the receipt does not verify over what was asked and answered")
-    except HpkeError as error:
-        refuse(str(error))
-    if len(secret) != DATA_KEY_SIZE:
-        refuse(f"a data key of {len(secret)} bytes instead of {DATA_KEY_SIZE}")
-    data_key = DataKey(secret, answer.wrapped, answer.key_uri, answer.key_version)
-    return Received(data_key, sha384(tlv("cloister-receipt-digest-v1", message, receipt.signature)))
+    return message
 
 
 async def fetch_receipt_key(channel: Any, *, caller: SpiffeId) -> bytes:

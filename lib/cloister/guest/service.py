@@ -14,7 +14,7 @@ from cloister.guest.workloadapi import WorkloadApi
 from cloister.identity import Role
 from cloister.runtime.bundle import TrustBundle
 from cloister.runtime.config import GuestSection, ServiceSection
-from cloister.tdx import workload
+from cloister.tdx.workload import WorkloadPlan
 from cloister.tlv import sha384
 
 
@@ -39,11 +39,15 @@ class ServiceIdentity(Identity):
 
 def measure_service(guest: Guest, *, bundle: TrustBundle, package: str, config_bytes: bytes, role: Role) -> None:
     """Measure a service into RTMR3 and seal it; blocks while it reads the package and the environment."""
-    guest.measure(workload.ENVIRONMENT, digest_of_environment())
-    guest.measure(workload.TRUST_BUNDLE, bundle.digest)
-    guest.measure(workload.SCRIPT, digest_of_package(package))
-    guest.measure(workload.CONFIG, sha384(config_bytes))
-    guest.seal(role)
+    guest.run_as(
+        WorkloadPlan(
+            role=role,
+            environment=digest_of_environment(),
+            trust_bundle=bundle.digest,
+            script=digest_of_package(package),
+            config=sha384(config_bytes),
+        )
+    )
 
 
 async def enrol_service(

@@ -89,15 +89,15 @@ def outcome_of(
         _ear(there, now),
         Peer(there.caller, _CERTIFICATE, "TLSv1.3", "X25519MLKEM768"),
         policy,
-        _Key(policy.key, policy.owner, there.key_state, there.key_version, policy.version, policy.digest),
+        ExampleKey.of(policy, state=there.key_state, newest=there.key_version),
         Counters("", there.released, frozenset(approvers)),
         now,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Key:
-    """A key that has whatever a case asks of it."""
+class ExampleKey:
+    """A key under a policy, as far as the policy tells."""
 
     uri: KeyUri
     owner: str
@@ -107,6 +107,10 @@ class _Key:
     policy_digest: bytes
     min_version: int = 1
     purposes: frozenset[Purpose] = frozenset(Purpose)
+
+    @classmethod
+    def of(cls, policy: ReleasePolicy, *, state: KeyState = KeyState.ENABLED, newest: int) -> ExampleKey:
+        return cls(policy.key, policy.owner, state, newest, policy.version, policy.digest)
 
 
 def _situation(policy: ReleasePolicy, changes: Any, now: datetime) -> Situation:

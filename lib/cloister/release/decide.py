@@ -274,9 +274,8 @@ def _release(request: Request, policy: ReleasePolicy, counters: Counters) -> Ite
         )
     if policy.approvals is not None:
         rule, found = policy.approvals, [name for name in policy.approvals.of if name in counters.approvers]
-        wanted = f"{rule.threshold} of {', '.join(rule.of)}"
         # Not cut: the names are few and of one length, and a replay counts them again.
-        yield Block("release.approvals", len(found) >= rule.threshold, wanted, ", ".join(found) or "none")
+        yield Block("release.approvals", len(found) >= rule.threshold, str(rule), ", ".join(found) or "none")
 
 
 def _key(request: Request, caller: Peer, key: KeyFacts) -> Iterable[Block]:

@@ -42,6 +42,7 @@ SEALED_EVENT: Final = "cloister.workload.sealed"
 
 _MAX_AGE_DEFAULT: Final = timedelta(minutes=5)
 _LEASE_DEFAULT: Final = timedelta(hours=1)
+_LEASE_SHORTEST: Final = timedelta(seconds=5)  # half of it is enough to attest and to ask again
 _MAX_VERSION: Final = 2**31 - 1
 MAX_APPROVERS: Final = 16  # their names still fit into one line of a decision
 
@@ -82,6 +83,9 @@ class ApprovalRule:
 
     threshold: int
     of: tuple[str, ...]  # did:key
+
+    def __str__(self) -> str:
+        return f"{self.threshold} of {', '.join(self.of)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +289,7 @@ def _release(block: BlockReader | None) -> tuple[tuple[int, ...], int | None, ti
     max_per_job = block.number("max_per_job", 1, 1_000_000) if block.has("max_per_job") else None
     lease = _LEASE_DEFAULT
     if block.has("lease"):
-        lease = block.duration("lease", timedelta(minutes=1), timedelta(days=365))
+        lease = block.duration("lease", _LEASE_SHORTEST, timedelta(days=365))
     approvals = block.optional("approvals")
     block.end()
     return tuple(WRAPS[name] for name in wrap), max_per_job, lease, _approvals(approvals) if approvals else None

@@ -11,11 +11,12 @@ import asyncio
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Generic, Self, TypeVar
 
 import apsw
 
@@ -23,6 +24,8 @@ from cloister.errors import CloisterError, Code
 
 _T = TypeVar("_T")
 _MAX_BATCH: Final = 256  # pieces of work that share one fsync; bounds how long the first of them waits
+
+_AUTOCHECKPOINT: Final = 1000  # pages in the write-ahead log, SQLite's own default
 
 _PRAGMAS: Final = (
     # One process per file: a second broker on the same store would be a second truth.
@@ -33,6 +36,7 @@ _PRAGMAS: Final = (
     "PRAGMA foreign_keys = ON",
     "PRAGMA trusted_schema = OFF",
     "PRAGMA secure_delete = ON",
+    f"PRAGMA wal_autocheckpoint = {_AUTOCHECKPOINT}",
     # Sorting must not spill rows into a temporary file.
     "PRAGMA temp_store = MEMORY",
 )
@@ -43,6 +47,21 @@ class _Work:
     run: Callable[[apsw.Connection], Any]
     writes: bool
     done: Future[Any]
+    bare: bool = False  # outside of any transaction
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot(Generic[_T]):
+    """The database file as it was at one moment, readable while writes go on."""
+
+    found: _T  # what was looked up at that moment
+    size_bytes: int
+    _read: Callable[[int, int], Awaitable[bytes]]
+
+    async def chunks(self, size_bytes: int) -> AsyncIterator[bytes]:
+        """Yield the whole file; raise CloisterError(IO_FAILED) when it cannot be read to its end."""
+        for offset in range(0, self.size_bytes, size_bytes):
+            yield await self._read(offset, min(size_bytes, self.size_bytes - offset))
 
 
 class Database:
@@ -51,11 +70,15 @@ class Database:
     Tables are declared STRICT by the migrations. Cancelling an `await write(...)` does not undo the write.
     """
 
-    def __init__(self, connection: apsw.Connection, path: Path) -> None:
+    def __init__(self, connection: apsw.Connection, path: Path, descriptor: int) -> None:
         self._connection = connection
         self._path = path
+        # For snapshots. It is opened once and closed last: closing any descriptor of the file ends SQLite's lock on it.
+        self._descriptor = descriptor
+        self._snapshot = asyncio.Lock()
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
+        self._reading = threading.Lock()  # the file is not closed under a reader
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name=f"database {path.name}", daemon=True)
         self._thread.start()
@@ -70,26 +93,18 @@ class Database:
             if create:
                 path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
-            size = os.fstat(descriptor).st_size
-            os.close(descriptor)
-            if not (create or size):
-                raise _empty(path)
-            connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
         except FileNotFoundError:
             raise _missing(path) from None
-        except (OSError, apsw.Error) as error:
+        except OSError as error:
             raise _failed(path, error) from error
         try:
-            for pragma in _PRAGMAS:
-                connection.execute(pragma).fetchall()
-            _migrate(connection, path, migrations)
-        except apsw.Error as error:
-            connection.close()
-            raise _failed(path, error) from error
-        except CloisterError:
-            connection.close()
+            if not (create or os.fstat(descriptor).st_size):
+                raise _empty(path)
+            connection = _connect(path, migrations)
+        except BaseException:
+            os.close(descriptor)
             raise
-        return cls(connection, path)
+        return cls(connection, path, descriptor)
 
     async def write(self, function: Callable[[apsw.Connection], _T]) -> _T:
         """Run `function` in a transaction; when this returns, what it wrote is on disk."""
@@ -107,6 +122,48 @@ class Database:
         """Do what `read` does, blocking this thread."""
         return self._submit(function, writes=False).result()
 
+    @asynccontextmanager
+    async def snapshot(self, look: Callable[[apsw.Connection], _T]) -> AsyncIterator[Snapshot[_T]]:
+        """Give the file as it is now, and what `look` found in it; one at a time, others wait.
+
+        All that was written is brought into the file first; until the end of the block, writes go to the log beside
+        it alone, which grows by them. Nobody is kept waiting but for that first step.
+        """
+
+        def hold(connection: apsw.Connection) -> tuple[_T, int]:
+            checkpoint = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if checkpoint is None or checkpoint[0]:
+                raise apsw.BusyError("the file is in use")
+            connection.execute("PRAGMA wal_autocheckpoint = 0").fetchall()
+            return look(connection), os.fstat(self._descriptor).st_size
+
+        def let_go(connection: apsw.Connection) -> None:
+            connection.execute(f"PRAGMA wal_autocheckpoint = {_AUTOCHECKPOINT}").fetchall()
+
+        async with self._snapshot:
+            try:
+                found, size = await asyncio.wrap_future(self._submit(hold, bare=True))
+                yield Snapshot(found, size, self._read_file)
+            finally:
+                if not self._closed:
+                    await asyncio.wrap_future(self._submit(let_go, bare=True))
+
+    async def _read_file(self, offset: int, size: int) -> bytes:
+        data = await asyncio.to_thread(self._pread, offset, size)
+        # Closing brings the log into the file: what was read since may be of another moment.
+        if self._closed or len(data) != size:
+            raise CloisterError(
+                Code.IO_FAILED,
+                what=f"{self._path.name} could not be read to its end",
+                why="the process is stopping" if self._closed else "the file is shorter than it was",
+                todo="try again",
+            )
+        return data
+
+    def _pread(self, offset: int, size: int) -> bytes:
+        with self._reading:
+            return b"" if self._closed else os.pread(self._descriptor, size, offset)
+
     def close(self) -> None:
         """Finish what was asked for, then close; a second call does nothing."""
         with self._closing:
@@ -115,9 +172,13 @@ class Database:
             self._closed = True
             self._queue.put(None)
         self._thread.join()
+        with self._reading:
+            os.close(self._descriptor)
 
-    def _submit(self, function: Callable[[apsw.Connection], _T], *, writes: bool) -> Future[_T]:
-        work = _Work(function, writes, Future())
+    def _submit(
+        self, function: Callable[[apsw.Connection], _T], *, writes: bool = False, bare: bool = False
+    ) -> Future[_T]:
+        work = _Work(function, writes, Future(), bare)
         with self._closing:  # so that nothing is queued behind the end
             if self._closed:
                 raise CloisterError(Code.IO_FAILED, what=f"{self._path.name} is closed", why="the process is stopping")
@@ -128,6 +189,10 @@ class Database:
         open_ended = True
         while open_ended:
             batch, open_ended = self._take()
+            for work in batch:
+                if work.bare:
+                    self._run_bare(work)
+            batch = [work for work in batch if not work.bare]
             if batch:
                 self._run(batch)
         self._connection.close()
@@ -147,6 +212,16 @@ class Database:
             except queue.Empty:
                 return batch, True
         return batch, False
+
+    def _run_bare(self, work: _Work) -> None:
+        try:
+            result = work.run(self._connection)
+        except apsw.Error as error:
+            work.done.set_exception(_failed(self._path, error))
+        except BaseException as error:  # noqa: BLE001 - belongs to the caller, whatever it is
+            work.done.set_exception(error)
+        else:
+            work.done.set_result(result)
 
     def _run(self, batch: list[_Work]) -> None:
         """Run a batch in one transaction and tell the callers once it is on disk."""
@@ -183,6 +258,24 @@ class Database:
             return lambda: work.done.set_exception(caught)
         connection.execute("RELEASE work")
         return lambda: work.done.set_result(result)
+
+
+def _connect(path: Path, migrations: Sequence[str]) -> apsw.Connection:
+    try:
+        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+    except apsw.Error as error:
+        raise _failed(path, error) from error
+    try:
+        for pragma in _PRAGMAS:
+            connection.execute(pragma).fetchall()
+        _migrate(connection, path, migrations)
+    except apsw.Error as error:
+        connection.close()
+        raise _failed(path, error) from error
+    except CloisterError:
+        connection.close()
+        raise
+    return connection
 
 
 def _migrate(connection: apsw.Connection, path: Path, migrations: Sequence[str]) -> None:

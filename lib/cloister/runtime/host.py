@@ -27,12 +27,14 @@ async def serving(
     health: HealthState,
     metrics: RpcMetrics,
     endpoints: Mapping[str, str] | None = None,
+    ready: bool = True,
     drain_s: float = DRAIN_S,
 ) -> AsyncIterator[dict[str, str]]:
     """Start the servers, the probe port and the metrics port; write the endpoints file; drain on the way out.
 
     `servers` by the name they have in the endpoints file ("grpc", "enrolment"), built with the same `health` and
     `metrics`; `endpoints` adds others ("https"). Gives the endpoints. A crash leaves no file that says "ready".
+    With `ready=False` health says "not serving" until `health.set_serving` is called: the process listens, and waits.
     """
     section.endpoints_file.unlink(missing_ok=True)
     probes = ProbeServer(section.health_listen, health)
@@ -42,12 +44,12 @@ async def serving(
         await probes.start()
         exporter = MetricsServer(section.metrics_listen, metrics.registry)
         for server in servers.values():
-            await server.start()
+            await server.start(serving=ready)
             started.append(server)
         found = {name: server.endpoint for name, server in servers.items()}
         found |= {"health": probes.endpoint, "metrics": exporter.endpoint, **(endpoints or {})}
         write_endpoints(section.endpoints_file, found)
-        get_logger().info("ready", endpoints=found)
+        get_logger().info("ready" if ready else "listening, not ready", endpoints=found)
         yield found
     finally:
         section.endpoints_file.unlink(missing_ok=True)

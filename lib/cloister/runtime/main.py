@@ -16,9 +16,10 @@ import uvloop
 
 from cloister.errors import EXIT_CODE, CloisterError, Kind
 from cloister.runtime import logging as cloister_logging
-from cloister.runtime.process import harden, lifeline
+from cloister.runtime.process import allow_open_files, harden, lifeline
 
 _KILLED_BY_USER: Final = 130
+_OPEN_FILES: Final = 16_384  # each connection is one, and at a door three
 
 
 def run_service(
@@ -37,6 +38,7 @@ def run_service(
     if arguments.lifeline_fd is not None:
         lifeline(arguments.lifeline_fd)
     harden()
+    allow_open_files(_OPEN_FILES)
     sys.exit(_run(main, arguments.config))
 
 

@@ -55,6 +55,14 @@ def harden() -> None:
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
+def allow_open_files(wanted: int) -> None:
+    """Let this process have so many descriptors, or as many as the system allows: the usual 1,024 are for programs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
 def pin_to_cores(cores: Collection[int]) -> None:
     """Keep every thread of this process on `cores`, and read back that it is so.
 

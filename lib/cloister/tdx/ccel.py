@@ -18,7 +18,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
-from cloister.tdx.eventlog import DIGEST_SIZE, EV_NO_ACTION, REGISTERS, EventLogRejected
+from cloister.tdx.eventlog import DIGEST_OVER_DATA, DIGEST_SIZE, EV_NO_ACTION, REGISTERS, EventLogRejected
 from cloister.tlv import sha384
 
 MAX_CCEL_SIZE: Final = 4 * 1024 * 1024  # bytes of area; real ones have 64 KiB to 1 MiB, mostly filling
@@ -31,14 +31,6 @@ _U32: Final = struct.Struct("<I")
 _ALGORITHM: Final = struct.Struct("<H")
 _SPEC_ID: Final = b"Spec ID Event03\0"
 _SHA384: Final = 12
-# TCG PC Client Platform Firmware Profile, 10.4.1: events whose digest is over the data in the log.
-_RECOMPUTED: Final = {
-    0x00000004: "EV_SEPARATOR",
-    0x80000001: "EV_EFI_VARIABLE_DRIVER_CONFIG",
-    0x80000006: "EV_EFI_GPT_EVENT",
-    0x80000007: "EV_EFI_ACTION",
-    0x800000E0: "EV_EFI_VARIABLE_AUTHORITY",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +47,7 @@ class CcelEvent:
             _reject(f"there is no measurement register {self.register}")
         if len(self.digest) != DIGEST_SIZE:
             _reject(f"a digest of {len(self.digest)} bytes; SHA-384 has {DIGEST_SIZE}")
-        name = _RECOMPUTED.get(self.event_type)
+        name = DIGEST_OVER_DATA.get(self.event_type)
         if name is not None and not hmac.compare_digest(self.digest, sha384(self.data)):
             _reject(f"the digest of an {name} event is not over its data")
 

@@ -6,9 +6,10 @@ JSON form, one list of objects with exactly these five members:
     {"imr": 3, "event_type": 134217729, "digest": "<96 hex>", "event": "cloister.workload.script",
      "event_payload": "<hex>"}
 
-A log proves nothing by itself: it is what the verifier replays to see whether it gives the quoted registers. Boot
-events (RTMR0..2) carry digests over data that is not in the log; runtime events carry their data, and their digest is
-recomputed here, so that a name or payload cannot differ from what was extended.
+A log proves nothing by itself: it is what the verifier replays to see whether it gives the quoted registers. Most boot
+events (RTMR0..2) carry digests over data that is not in the log. Runtime events carry their data, as do boot events of
+the types in `DIGEST_OVER_DATA` (unless it was left out), and their digest is recomputed here, so that a name or payload
+cannot differ from what was extended.
 """
 
 from __future__ import annotations
@@ -25,6 +26,14 @@ RUNTIME_EVENT_TYPE: Final = 0x08000001
 RUNTIME_IMR: Final = 3
 REGISTERS: Final = 4
 DIGEST_SIZE: Final = 48
+# TCG PC Client Platform Firmware Profile, 10.4.1: events whose digest is over the data in the log.
+DIGEST_OVER_DATA: Final = {
+    0x00000004: "EV_SEPARATOR",
+    0x80000001: "EV_EFI_VARIABLE_DRIVER_CONFIG",
+    0x80000006: "EV_EFI_GPT_EVENT",
+    0x80000007: "EV_EFI_ACTION",
+    0x800000E0: "EV_EFI_VARIABLE_AUTHORITY",
+}
 EV_NO_ACTION: Final = 3  # TCG PC Client Platform Firmware Profile, 10.4.1: never extended
 
 MAX_LOG_SIZE: Final = 1024 * 1024  # bytes; real logs have 20 KB
@@ -70,6 +79,9 @@ class Event:
         if self.event_type != RUNTIME_EVENT_TYPE:
             if not _BOOT_NAME.fullmatch(self.name):
                 _reject("the name of a boot event is not up to 128 printable ASCII characters")
+            kind = DIGEST_OVER_DATA.get(self.event_type)
+            if kind is not None and self.payload and not hmac.compare_digest(self.digest, sha384(self.payload)):
+                _reject(f"the digest of an {kind} event is not over its data")
             return
         if self.imr != RUNTIME_IMR:
             _reject(f"a runtime event in register {self.imr}; they go into {RUNTIME_IMR}")

@@ -17,7 +17,7 @@ from cloister.errors import CloisterError
 from cloister.identity import Role, is_name
 from cloister.keyuri import KeyUri
 from cloister.tdx.eventlog import RUNTIME_EVENT_TYPE, RUNTIME_IMR, Event, EventLog, EventLogRejected
-from cloister.tlv import parse_tlv, tlv
+from cloister.tlv import parse_tlv, sha384, tlv
 
 ENVIRONMENT: Final = "cloister.environment"  # digest of the installed distributions
 TRUST_BUNDLE: Final = "cloister.trust-bundle"  # digest of the bundle the TD trusts
@@ -129,6 +129,42 @@ class Workload:
     keys_received: tuple[KeyClaim, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadPlan:
+    """What a TD is going to measure, in the one order, before it makes its keys. Digests have 48 bytes."""
+
+    role: Role
+    environment: bytes
+    trust_bundle: bytes
+    script: bytes
+    config: bytes
+    rank: RankClaim | None = None
+    backend: BackendClaim | None = None
+    datasets: tuple[DatasetClaim, ...] = ()
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """All events up to `sealed`; raise EventLogRejected when no verifier would read this workload from them."""
+        measured = [
+            (ENVIRONMENT, self.environment),
+            (TRUST_BUNDLE, self.trust_bundle),
+            (SCRIPT, self.script),
+            (CONFIG, self.config),
+            *((RANK, claim.to_payload()) for claim in (self.rank,) if claim is not None),
+            *((BACKEND, claim.to_payload()) for claim in (self.backend,) if claim is not None),
+            *((DATASET, claim.to_payload()) for claim in self.datasets),
+            (SEALED, self.role.encode("ascii")),
+        ]
+        events = tuple(Event.runtime(name, payload) for name, payload in measured)
+        read_workload(EventLog(events))
+        return events
+
+    @property
+    def rtmr3(self) -> bytes:
+        """RTMR3 once the workload is sealed, on every machine; raises as `events`."""
+        return sealed_register(EventLog(self.events))
+
+
 class _Cursor:
     """Take events one after the other."""
 
@@ -194,6 +230,16 @@ def read_workload(log: EventLog) -> Workload:
         dataset_names=names,
         keys_received=tuple(keys),
     )
+
+
+def sealed_register(log: EventLog) -> bytes:
+    """Return RTMR3 as it was after the event `sealed` and before any key: what is known before a workload runs."""
+    register = bytes(_DIGEST_SIZE)
+    for event in log.of(RUNTIME_IMR):
+        register = sha384(register, event.digest)
+        if event.name == SEALED:
+            break
+    return register
 
 
 def _digest(payload: bytes) -> bytes:

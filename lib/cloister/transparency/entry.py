@@ -123,11 +123,10 @@ class LoggedEntry:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """What the log's own columns repeat, read without the blocks: the whole log is walked at every start."""
+    """What the log's own columns repeat, read without the blocks: thousands are walked at every start."""
 
     index: int
-    columns: tuple[str, str, str, int, bytes]  # tenant, key_uri, job, granted, policy_digest
-    record_digest: bytes
+    columns: tuple[str, str, str, int, bytes, bytes]  # tenant, key_uri, job, granted, policy_digest, record_digest
 
     @classmethod
     def parse(cls, data: bytes) -> Outline:
@@ -135,7 +134,8 @@ class Outline:
         try:
             fields = parse_tlv(data, label=_LABEL, fields=_FIELDS)
             tenant, key_uri, job = (fields[i].decode() for i in (4, 5, 10))
-            return cls(_number(fields[0]), (tenant, key_uri, job, int(_flag(fields[7])), fields[12]), fields[15])
+            granted = int(_flag(fields[7]))
+            return cls(_number(fields[0]), (tenant, key_uri, job, granted, fields[12], fields[15]))
         except ValueError:
             raise EntryInvalid("not a log entry") from None
 

@@ -27,6 +27,7 @@ from cloister.guest.service import measure_service
 from cloister.identity import Role, SpiffeId
 from cloister.runtime.config import load_measured_config
 from cloister.runtime.database import Database
+from cloister.runtime.door import Door, DoorLimits
 from cloister.runtime.endpoints import write_endpoints
 from cloister.runtime.health import HealthState
 from cloister.runtime.logging import configure, get_logger
@@ -151,10 +152,12 @@ async def _serve(
         health=health,
         metrics=metrics,
     )
+    # The door passes connections on to a port that the system chooses, and that answers nobody else.
+    door = Door(config.attest.enrolment_listen, _door_limits(config), registry=metrics.registry)
     enrolment_server = GrpcServer(
-        section=config.attest.enrolment_listen,
+        section="127.0.0.1:0",
         credentials=identity,
-        services=enrolment_services(enrolment, rate_limit),
+        services=enrolment_services(enrolment, rate_limit, door.address_of),
         callers=ENROLMENT_CALLERS,
         limits=ENROLMENT_LIMITS,
         health=health,
@@ -168,6 +171,7 @@ async def _serve(
     try:
         await server.start()
         await enrolment_server.start()
+        await door.start(enrolment_server.endpoint)
         await probes.start()
         await jwks.start()
         # Whoever sees the endpoints may read the bundle: it is there first.
@@ -176,7 +180,7 @@ async def _serve(
             config.service.endpoints_file,
             {
                 "grpc": server.endpoint,
-                "enrolment": enrolment_server.endpoint,
+                "enrolment": door.endpoint,
                 "jwks": jwks.endpoint,
                 "health": probes.endpoint,
                 "metrics": exposition.endpoint,
@@ -185,6 +189,7 @@ async def _serve(
         await stop.wait()
     finally:
         await asyncio.gather(server.drain(_DRAIN_S), enrolment_server.drain(_DRAIN_S))
+        await door.stop()
         await jwks.stop()
         await probes.stop()
         exposition.close()
@@ -276,6 +281,11 @@ def _terms(config: AttestConfig) -> Terms:
         user=timedelta(seconds=config.attest.user_ttl_s),
         nonce=timedelta(seconds=config.attest.nonce_ttl_s),
     )
+
+
+def _door_limits(config: AttestConfig) -> DoorLimits:
+    section = config.attest
+    return DoorLimits(inside=section.connections, burst=section.calls_burst, per_s=section.calls_per_s)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ class AttestSection(ConfigModel):
     # calls: a job of 64 ranks on one host starts within the burst, 1,000 TDs behind one address take half a minute.
     calls_per_s: float = Field(default=50.0, gt=0, le=10_000)
     calls_burst: int = Field(default=400, ge=1, le=100_000)
+    # Connections of one address that are inside at once; those that come meanwhile wait in line, unread.
+    connections: int = Field(default=32, ge=1, le=10_000)
     # How many verdicts are kept, accepted and refused apart, so that refusals cannot push out what was accepted.
     kept_verdicts: int = Field(default=10_000, ge=1, le=1_000_000)
     # Of how many of them, again apart, the evidence is kept, too; about 15 KB each.

@@ -22,13 +22,13 @@ class RateLimit:
         self._clock_s = clock_s
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # address: (calls left, at time)
 
-    def spend(self, peer: str) -> float:
-        """Count a call of this transport address ("ipv4:10.0.0.7:4711"); raise CloisterError(RATE_LIMITED).
+    def spend(self, address: str) -> float:
+        """Count a call of this address; raise CloisterError(RATE_LIMITED).
 
         Return the seconds after which it may be answered. Whoever calls again as soon as it is answered is slowed down
         by that to what it earns, at no cost; refusing it as often as it calls would cost more than serving it.
         """
-        address, now = peer.rpartition(":")[0] or peer, self._clock_s()
+        now = self._clock_s()
         left, since = self._buckets.pop(address, (self._burst, now))
         left = min(self._burst, left + (now - since) * self._per_s)
         wait_s = max(0.0, 1.0 - left) / self._per_s

@@ -28,9 +28,18 @@ _DIGEST_SIZE: Final = 48
 _PACKAGE: Final = "cloister.api.attest.v1"
 MAX_HELD: Final = 256  # refused calls that are answered late, at once
 _HELD_S: Final = 1.0
-# Calls that wait cost a place, not time: there are more places than those that wait can take. The largest message is
-# evidence with a quote of 64 KiB and a log of 1 MiB; all places with it together are 640 MiB.
-ENROLMENT_LIMITS: Final = Limits(max_concurrent_rpcs=512, max_message_bytes=5 * 256 * 1024)
+# Calls that wait cost a place, not time. There are more places than calls can come by the connections that the door
+# lets in: 32 of an address, four calls each. The largest message is evidence with a quote of 64 KiB and a log of 1 MiB;
+# what one address can have read of it at once is 160 MiB. Connections are short: others wait for their place.
+ENROLMENT_LIMITS: Final = Limits(
+    max_concurrent_rpcs=1024,
+    max_streams_per_connection=4,
+    max_message_bytes=5 * 256 * 1024,
+    max_unary_s=60.0,
+    max_stream_s=60.0,
+    max_connection_age_s=60.0,
+    connection_grace_s=60.0,
+)
 _SERVICES: Final = frozenset(role for role in Role if role.is_service)
 
 ENROLMENT_CALLERS: Final[CallerTable] = {
@@ -53,10 +62,17 @@ class EnrolmentServicer(attest_pb2_grpc.EnrolmentServiceServicer):
     """The open port: callers have no identity yet, so each call is counted against its address first."""
 
     def __init__(
-        self, enrolment: Enrolment, rate_limit: RateLimit, *, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
+        self,
+        enrolment: Enrolment,
+        rate_limit: RateLimit,
+        *,
+        address_of: Callable[[str], str | None],
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        """`address_of` gives the address behind gRPC's name of a peer, None for who came by no door."""
         self._enrolment = enrolment
         self._rate_limit = rate_limit
+        self._address_of = address_of
         self._pause = pause
         self._held = 0
 
@@ -81,8 +97,16 @@ class EnrolmentServicer(attest_pb2_grpc.EnrolmentServiceServicer):
         return attest_pb2.GetTrustBundleResponse(trust_bundle=self._enrolment.trust_bundle())
 
     async def _admit(self, context: Any) -> None:
+        address = self._address_of(context.peer())
+        if address is None:
+            raise CloisterError(
+                Code.CALLER_NOT_ALLOWED,
+                what="this connection did not come in by the door",
+                why="callers without identity are counted by address",
+                todo="use the enrolment endpoint of attest's endpoints file",
+            )
         try:
-            wait_s = self._rate_limit.spend(context.peer())
+            wait_s = self._rate_limit.spend(address)
         except CloisterError:
             # To refuse costs as much as to serve: whoever would call again at once is kept until it matters less.
             if self._held < MAX_HELD:
@@ -167,9 +191,11 @@ def _tenant() -> str | None:
     return caller.tenant if caller.role is Role.USER else None
 
 
-def enrolment_services(enrolment: Enrolment, rate_limit: RateLimit) -> list[Mounted]:
+def enrolment_services(
+    enrolment: Enrolment, rate_limit: RateLimit, address_of: Callable[[str], str | None]
+) -> list[Mounted]:
     """Return what the open port serves; its callers are ENROLMENT_CALLERS."""
-    servicer = EnrolmentServicer(enrolment, rate_limit)
+    servicer = EnrolmentServicer(enrolment, rate_limit, address_of=address_of)
     add = attest_pb2_grpc.add_EnrolmentServiceServicer_to_server
     return [Mounted(f"{_PACKAGE}.EnrolmentService", add, servicer)]
 

@@ -27,14 +27,18 @@ from cloister.runtime.logging import configure
 from cloister.runtime.main import run_service
 from cloister.runtime.metrics import RpcMetrics
 from cloister.runtime.server import GrpcServer
-from cloister_keybroker.assembly import assembled
+from cloister_keybroker.assembly import Watching, assembled, opened_backends
+from cloister_keybroker.backends.watch import backend_gauge
+from cloister_keybroker.brokerservice import CALLERS as OPERATOR_CALLERS
+from cloister_keybroker.brokerservice import mounted_operations
 from cloister_keybroker.config import STORE_FILE, Config
-from cloister_keybroker.gate import Gate
+from cloister_keybroker.gate import BROKER_SERVICE, Gate
+from cloister_keybroker.logservice import CALLERS as LOG_CALLERS
 from cloister_keybroker.rootkey import RootKey, create_root_key, read_root_key
 from cloister_keybroker.sealrecord import SealRecord
-from cloister_keybroker.service import CALLERS
+from cloister_keybroker.service import CALLERS, RELEASE_SERVICE
 from cloister_keybroker.store import KeyStore
-from cloister_keybroker.vault import Vault
+from cloister_keybroker.vault import State, Vault
 
 
 async def serve(config_path: Path, stop: asyncio.Event) -> None:
@@ -50,7 +54,8 @@ async def serve(config_path: Path, stop: asyncio.Event) -> None:
             why=str(error),
             todo="reinstall the `cryptography` package",
         ) from None
-    vault = await Vault.open(config.service.state_dir / STORE_FILE, config.keybroker.root_key)
+    path = config.service.state_dir / STORE_FILE
+    vault = await Vault.open(path, config.keybroker.root_key, partial(opened_backends, config=config))
     try:
         identity = await enrol_service(
             config.guest,
@@ -60,25 +65,26 @@ async def serve(config_path: Path, stop: asyncio.Event) -> None:
             config_bytes=config_bytes,
         )
         try:
-            gate, health, metrics = Gate(), HealthState(), RpcMetrics()
+            gate, health, metrics = Gate(), HealthState(always={BROKER_SERVICE}), RpcMetrics()
+            operations = mounted_operations(vault, identity=identity, operators=config.keybroker.operators)
             server = GrpcServer(
                 section=config.service,
                 credentials=identity,
-                services=[*gate.mounted(), mounted_evidence(identity)],
-                callers={**CALLERS, **EVIDENCE_CALLERS},
+                services=[*gate.mounted(), operations, mounted_evidence(identity)],
+                callers={**CALLERS, **LOG_CALLERS, **OPERATOR_CALLERS, **EVIDENCE_CALLERS},
                 health=health,
                 metrics=metrics,
             )
-            try:
-                await vault.attach(gate, partial(assembled, identity=identity))
-                async with serving(config.service, {"grpc": server}, health=health, metrics=metrics):
-                    await stop.wait()
-            finally:
-                await vault.detach()
+            watching = Watching(partial(health.set_able, RELEASE_SERVICE), backend_gauge(metrics.registry))
+            await vault.attach(gate, partial(assembled, identity=identity, watching=watching), health.set_serving)
+            ready = vault.status().state is State.UNSEALED
+            async with serving(config.service, {"grpc": server}, health=health, metrics=metrics, ready=ready):
+                await stop.wait()
         finally:
+            await vault.aclose()
             await identity.aclose()
     finally:
-        vault.close()
+        await vault.aclose()
 
 
 def init(argv: Sequence[str]) -> int:

@@ -13,7 +13,6 @@ from cloister import hpke
 from cloister.errors import CloisterError, Code
 from cloister.protocol import NONCE_SIZE, LeaseTerms, ReleaseBinding
 from cloister.secret import SecretBytes
-from cloister.tlv import sha384
 from cloister_keybroker.log import LogPlace
 
 MAX_WRAPPED_SIZE: Final = 4096  # bytes; ours are 61, back ends in front of other stores may need more
@@ -69,10 +68,10 @@ class DataKeyAnswer:
 class ReceiptSigner:
     """Sign with the receipt key of this broker process: the one in its evidence."""
 
-    def __init__(self, key: Ed25519PrivateKey) -> None:
+    def __init__(self, key: Ed25519PrivateKey, *, log_id: bytes) -> None:
         self._key = key
         self._spki = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        self._log_id = sha384(self._spki)
+        self._log_id = log_id
 
     def sign(
         self, binding: ReleaseBinding, *, sealed: bytes, place: LogPlace, terms: LeaseTerms = _NO_LEASE

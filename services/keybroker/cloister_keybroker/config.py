@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import BeforeValidator, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo, field_validator
 
 from cloister.errors import CloisterError
 from cloister.identity import Role, SpiffeId
 from cloister.runtime.config import DIRECTORY, ConfigModel, GuestSection, ServiceSection
+from cloister_keybroker.backends.uri import BackendUri
 from cloister_keybroker.sealrecord import Source
 
 STORE_FILE: Final = "keybroker.sqlite"  # in service.state_dir
@@ -35,12 +36,26 @@ def _root_key_place(value: Any, info: ValidationInfo) -> RootKeyPlace:
     raise ValueError('wanted "file:PATH", "shares" or "passphrase"')
 
 
+def _backend_uri(value: str) -> str:
+    try:
+        BackendUri.parse(value)
+    except CloisterError as error:
+        raise ValueError(error.why) from None
+    return value
+
+
+BackendText = Annotated[str, AfterValidator(_backend_uri)]
+
+
 class KeybrokerSection(ConfigModel):
-    """[keybroker]: where the root key comes from, and who may unseal, back up and migrate the store."""
+    """[keybroker]: where root key and wrapping keys come from, and who may unseal, back up and migrate the store."""
 
     root_key: Annotated[RootKeyPlace, BeforeValidator(_root_key_place)]
     # SPIFFE ids of users. None: the root key is a file and nobody may do any of it.
     operators: tuple[str, ...] = ()
+    # Where new keys go, and where older ones still are: docs/keybroker-backends.md.
+    backend: BackendText = "embedded:"
+    former_backends: tuple[BackendText, ...] = ()
 
     @field_validator("operators")
     @classmethod

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The append-only decision log: entries in SQLite, an RFC 6962 Merkle tree over them, its head under the root key.
 
-Every function works inside a transaction of the store, so that a decision and what it changes become durable
-together, before any answer leaves. The database refuses UPDATE and DELETE; who edits the file itself is found out
-when the broker starts, because every entry is hashed again and the head's MAC needs the root key. Putting back an old
-copy of the whole file is not detectable from the file alone: receipts, which hold index and root, are.
+Every method works inside a transaction of the store, so that a decision and what it changes become durable
+together, before any answer leaves. The database refuses UPDATE and DELETE; who edits the file itself is found out by
+what logcheck.py compares when the broker starts, and by the proofs of logproofs.py, which lead to the head. The head's
+MAC needs the root key. Putting back an old copy of the whole file is not detectable from the file alone: receipts and
+checkpoints in other hands, which hold size and root, are what finds it.
+
+decisions     what the broker itself counts and looks up, in columns     entries    the leaves' bytes
+log_nodes     hashes of perfect subtrees, in the order they come about   log_head   size, peaks, MAC
+log_segments  each 4,096 entries, verified once when they were complete  evidence   tokens behind decisions
 """
 
 from __future__ import annotations
@@ -17,10 +22,10 @@ from typing import Final
 
 import apsw
 
-from cloister.errors import CloisterError, Code
-from cloister.merkle import Frontier, MerkleError, leaf_hash
+from cloister.merkle import Frontier, MerkleError, leaf_hash, stored_position
 from cloister.tlv import sha384, tlv
-from cloister.transparency.entry import SALT_SIZE, Entry, EntryInvalid, LoggedEntry, Outline
+from cloister.transparency.entry import SALT_SIZE, Entry, EntryInvalid, LoggedEntry
+from cloister_keybroker import logcheck
 from cloister_keybroker.rootkey import RootKey
 
 # Tokens kept, the newest: some 300 MB. The log proves without them; only replays of policies read them.
@@ -34,11 +39,13 @@ CREATE TABLE decisions (
   job TEXT NOT NULL,
   granted INTEGER NOT NULL,
   policy_digest BLOB NOT NULL,
-  entry BLOB NOT NULL
+  record_digest BLOB NOT NULL
 ) STRICT;
-CREATE TABLE evidence (digest BLOB PRIMARY KEY, token TEXT NOT NULL) STRICT;
 CREATE INDEX decisions_by_tenant ON decisions (tenant, key_uri, idx);
 CREATE INDEX grants_by_job ON decisions (key_uri, job, policy_digest) WHERE granted = 1 AND job <> '';
+CREATE INDEX record_changes ON decisions (idx, key_uri, record_digest) WHERE record_digest <> x'';
+CREATE TABLE entries (idx INTEGER PRIMARY KEY, entry BLOB NOT NULL) STRICT;
+CREATE TABLE evidence (digest BLOB PRIMARY KEY, token TEXT NOT NULL) STRICT;
 CREATE TRIGGER decisions_are_not_changed BEFORE UPDATE ON decisions
   BEGIN SELECT RAISE(ABORT, 'the decision log is append-only'); END;
 CREATE TRIGGER decisions_are_not_deleted BEFORE DELETE ON decisions
@@ -46,6 +53,17 @@ CREATE TRIGGER decisions_are_not_deleted BEFORE DELETE ON decisions
 CREATE TRIGGER decisions_follow_each_other BEFORE INSERT ON decisions
   WHEN NEW.idx IS NOT (SELECT coalesce(max(idx) + 1, 0) FROM decisions)
   BEGIN SELECT RAISE(ABORT, 'the decision log is append-only'); END;
+CREATE TRIGGER entries_are_not_changed BEFORE UPDATE ON entries
+  BEGIN SELECT RAISE(ABORT, 'the decision log is append-only'); END;
+CREATE TRIGGER entries_are_not_deleted BEFORE DELETE ON entries
+  BEGIN SELECT RAISE(ABORT, 'the decision log is append-only'); END;
+CREATE TABLE log_nodes (position INTEGER PRIMARY KEY, hash BLOB NOT NULL) STRICT;
+CREATE TABLE log_segments (
+  number INTEGER PRIMARY KEY,
+  root BLOB NOT NULL,
+  columns BLOB NOT NULL,
+  mac BLOB NOT NULL
+) STRICT;
 CREATE TABLE log_head (
   only INTEGER PRIMARY KEY CHECK (only = 1),
   size INTEGER NOT NULL,
@@ -63,131 +81,120 @@ class LogPlace:
     root: bytes  # 32 bytes
 
 
-def create_head(connection: apsw.Connection, root_key: RootKey) -> None:
-    """Begin an empty log."""
-    empty = Frontier()
-    connection.execute("INSERT INTO log_head VALUES (1, 0, ?, ?)", (empty.to_bytes(), _mac(root_key, empty)))
+class DecisionLog:
+    """The log, while a transaction is open."""
 
+    def __init__(self, connection: apsw.Connection, root_key: RootKey) -> None:
+        self._connection = connection
+        self._root_key = root_key
 
-def append(connection: apsw.Connection, root_key: RootKey, entry: Entry, *, time_ms: int, token: str = "") -> LogPlace:
-    """Append an entry; durable when the surrounding transaction is.
+    def create_head(self) -> None:
+        """Begin an empty log."""
+        empty = Frontier()
+        self._connection.execute("INSERT INTO log_head VALUES (1, 0, ?, ?)", (empty.to_bytes(), self._mac(empty)))
 
-    `token` is the attestation result whose digest the entry has: kept once, however many entries name it. Raises
-    ValueError for a token of another digest.
-    """
-    if token:
-        _keep_evidence(connection, entry.evidence_digest, token)
-    frontier = read_head(connection, root_key)
-    index = frontier.size
-    data = entry.to_bytes(index=index, time_ms=time_ms, salt=secrets.token_bytes(SALT_SIZE))
-    connection.execute(
-        "INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (index, entry.tenant, entry.key_uri, entry.job, int(entry.granted), entry.policy_digest, data),
-    )
-    frontier = frontier.appended(leaf_hash(data))
-    connection.execute(
-        "UPDATE log_head SET size = ?, peaks = ?, mac = ? WHERE only = 1",
-        (frontier.size, frontier.to_bytes(), _mac(root_key, frontier)),
-    )
-    return LogPlace(index, frontier.root())
+    def append(self, entry: Entry, *, time_ms: int, token: str = "") -> LogPlace:
+        """Append an entry; durable when the surrounding transaction is.
 
-
-def read_head(connection: apsw.Connection, root_key: RootKey) -> Frontier:
-    """Return the log's frontier; raise STORE_DAMAGED when it is not one this broker wrote."""
-    row = connection.execute("SELECT size, peaks, mac FROM log_head WHERE only = 1").fetchone()
-    if row is None:
-        raise _damaged("it has no head")
-    size, peaks, mac = row
-    try:
-        frontier = Frontier.from_bytes(size, peaks)
-    except MerkleError:
-        raise _damaged("its head is malformed") from None
-    if not hmac.compare_digest(mac, _mac(root_key, frontier)):
-        raise _damaged("its head was not written by this broker")
-    return frontier
-
-
-def verify(connection: apsw.Connection, root_key: RootKey) -> dict[str, bytes]:
-    """Hash every entry again and compare with the head; raise STORE_DAMAGED when anything differs.
-
-    Returns, for each key, the digest of its record after its last logged change: the store compares its rows.
-    """
-    wanted = read_head(connection, root_key)
-    frontier = Frontier()
-    records: dict[str, bytes] = {}
-    rows = connection.execute(
-        "SELECT idx, tenant, key_uri, job, granted, policy_digest, entry FROM decisions ORDER BY idx"
-    )
-    for idx, *columns, data in rows:
-        try:
-            outline = Outline.parse(data)
-        except EntryInvalid:
-            raise _damaged(f"entry {idx} is malformed") from None
-        # The columns are only an index, but max_per_job counts by them.
-        if outline.index != idx or idx != frontier.size or tuple(columns) != outline.columns:
-            raise _damaged(f"entry {idx} was moved or relabelled")
-        frontier = frontier.appended(leaf_hash(data))
-        if outline.record_digest:
-            records[outline.columns[1]] = outline.record_digest
-    if frontier != wanted:
-        raise _damaged("entries were changed, added or removed")
-    return records
-
-
-def released_to_job(connection: apsw.Connection, *, key_uri: str, job: str, policy_digest: bytes) -> int:
-    """Count the grants of a key to a job under one policy: the log itself is the counter."""
-    row = connection.execute(
-        "SELECT count(*) FROM decisions WHERE granted = 1 AND job <> '' AND key_uri = ? AND job = ?"
-        " AND policy_digest = ?",
-        (key_uri, job, policy_digest),
-    ).fetchone()
-    return int(row[0]) if row else 0
-
-
-def newest(connection: apsw.Connection, *, tenant: str, key_uri: str, limit: int) -> Iterator[LoggedEntry]:
-    """Yield a tenant's entries, newest first; of one key unless key_uri is empty."""
-    if key_uri:
-        rows = connection.execute(
-            "SELECT entry FROM decisions WHERE tenant = ? AND key_uri = ? ORDER BY idx DESC LIMIT ?",
-            (tenant, key_uri, limit),
+        `token` is the attestation result whose digest the entry has: kept once, however many entries name it. Raises
+        ValueError for a token of another digest.
+        """
+        if token:
+            self._keep_evidence(entry.evidence_digest, token)
+        frontier = self.head()
+        index = frontier.size
+        data = entry.to_bytes(index=index, time_ms=time_ms, salt=secrets.token_bytes(SALT_SIZE))
+        execute = self._connection.execute
+        columns = (entry.tenant, entry.key_uri, entry.job, int(entry.granted), entry.policy_digest, entry.record_digest)
+        execute("INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?)", (index, *columns))
+        execute("INSERT INTO entries VALUES (?, ?)", (index, data))
+        frontier, completed = frontier.extended(leaf_hash(data))
+        position = stored_position(0, index)
+        for level, node in enumerate(completed):
+            execute("INSERT INTO log_nodes VALUES (?, ?)", (position + level, node))
+        execute(
+            "UPDATE log_head SET size = ?, peaks = ?, mac = ? WHERE only = 1",
+            (frontier.size, frontier.to_bytes(), self._mac(frontier)),
         )
-    else:
-        rows = connection.execute(
-            "SELECT entry FROM decisions WHERE tenant = ? ORDER BY idx DESC LIMIT ?", (tenant, limit)
-        )
-    for (data,) in rows:
+        if frontier.size % logcheck.SEGMENT == 0:
+            logcheck.close_segment(self._connection, self._root_key, frontier.size, completed)
+        return LogPlace(index, frontier.root())
+
+    def head(self) -> Frontier:
+        """Return the log's frontier; raise STORE_DAMAGED when it is not one this broker wrote."""
+        row = self._connection.execute("SELECT size, peaks, mac FROM log_head WHERE only = 1").fetchone()
+        if row is None:
+            raise logcheck.damaged("it has no head")
+        size, peaks, mac = row
         try:
-            yield LoggedEntry.parse(data)
-        except EntryInvalid:
-            raise _damaged("an entry is malformed") from None
+            frontier = Frontier.from_bytes(size, peaks)
+        except MerkleError:
+            raise logcheck.damaged("its head is malformed") from None
+        if not hmac.compare_digest(mac, self._mac(frontier)):
+            raise logcheck.damaged("its head was not written by this broker")
+        return frontier
 
+    def verify(self, *, whole: bool = False) -> dict[str, bytes]:
+        """Compare the log with its head; see logcheck.py. Raises STORE_DAMAGED.
 
-def evidence(connection: apsw.Connection, digest: bytes) -> str | None:
-    """Return the token of this SHA-384 digest, or None when none was kept; raise STORE_DAMAGED for an edited one."""
-    row = connection.execute("SELECT token FROM evidence WHERE digest = ?", (digest,)).fetchone()
-    if row is None:
-        return None
-    if not hmac.compare_digest(sha384(row[0].encode()), digest):
-        raise _damaged("a token that it names was edited")
-    return str(row[0])
+        Returns, for each key, the digest of its record after its last logged change: the store compares its rows.
+        """
+        return logcheck.verify(self._connection, self._root_key, self.head(), whole=whole)
 
+    def rekey(self, root_key: RootKey) -> None:
+        """Authenticate head and segments anew, for a root key that replaces this one; entries stay as they are."""
+        head, after = self.head(), DecisionLog(self._connection, root_key)
+        logcheck.rekey(self._connection, self._root_key, root_key)
+        self._connection.execute("UPDATE log_head SET mac = ? WHERE only = 1", (after._mac(head),))
 
-def _keep_evidence(connection: apsw.Connection, digest: bytes, token: str) -> None:
-    if not hmac.compare_digest(sha384(token.encode()), digest):
-        raise ValueError("an entry keeps the token of its own evidence_digest and no other")
-    connection.execute("INSERT INTO evidence VALUES (?, ?) ON CONFLICT DO NOTHING", (digest, token))
-    if connection.changes():
-        connection.execute("DELETE FROM evidence WHERE rowid <= last_insert_rowid() - ?", (EVIDENCE_KEPT,))
+    def released_to_job(self, *, key_uri: str, job: str, policy_digest: bytes) -> int:
+        """Count the grants of a key to a job under one policy: the log itself is the counter."""
+        row = self._connection.execute(
+            "SELECT count(*) FROM decisions INDEXED BY grants_by_job WHERE granted = 1 AND job <> ''"
+            " AND key_uri = ? AND job = ? AND policy_digest = ?",
+            (key_uri, job, policy_digest),
+        ).fetchone()
+        return int(row[0]) if row else 0
 
+    def newest(self, tenant: str, *, key_uri: str = "", limit: int) -> Iterator[LoggedEntry]:
+        """Yield a tenant's entries, newest first; of one key unless key_uri is empty."""
+        return self._entries("ORDER BY idx DESC", tenant, key_uri, 0, limit)
 
-def _mac(root_key: RootKey, frontier: Frontier) -> bytes:
-    return root_key.mac(tlv("cloister-log-head-v1", frontier.size, frontier.to_bytes()))
+    def following(self, tenant: str, *, key_uri: str = "", first: int, limit: int) -> Iterator[LoggedEntry]:
+        """Yield a tenant's entries from an index on, oldest first; of one key unless key_uri is empty."""
+        return self._entries("ORDER BY idx", tenant, key_uri, first, limit)
 
+    def _entries(self, order: str, tenant: str, key_uri: str, first: int, limit: int) -> Iterator[LoggedEntry]:
+        rows = self._connection.execute(
+            "SELECT idx, entry FROM decisions JOIN entries USING (idx) WHERE tenant = ?"  # noqa: S608 - constants
+            f" {'AND key_uri = ?' if key_uri else ''} AND idx >= ? {order} LIMIT ?",
+            (tenant, *((key_uri,) if key_uri else ()), first, limit),
+        )
+        for index, data in rows:
+            try:
+                logged = LoggedEntry.parse(data)
+            except EntryInvalid:
+                raise logcheck.damaged(f"entry {index} is malformed") from None
+            # The columns are only an index: what they say must not show a tenant what is another's.
+            if (logged.index, logged.entry.tenant) != (index, tenant):
+                raise logcheck.damaged(f"entry {index} was moved or relabelled")
+            yield logged
 
-def _damaged(why: str) -> CloisterError:
-    return CloisterError(
-        Code.STORE_DAMAGED,
-        what="the decision log does not verify",
-        why=why,
-        todo="keep this file as it is for an investigation and restore the store from a backup",
-    )
+    def evidence(self, digest: bytes) -> str | None:
+        """Return the token of this SHA-384 digest, or None when none is kept; raise STORE_DAMAGED for an edited one."""
+        row = self._connection.execute("SELECT token FROM evidence WHERE digest = ?", (digest,)).fetchone()
+        if row is None:
+            return None
+        if not hmac.compare_digest(sha384(row[0].encode()), digest):
+            raise logcheck.damaged("a token that it names was edited")
+        return str(row[0])
+
+    def _keep_evidence(self, digest: bytes, token: str) -> None:
+        if not hmac.compare_digest(sha384(token.encode()), digest):
+            raise ValueError("an entry keeps the token of its own evidence_digest and no other")
+        self._connection.execute("INSERT INTO evidence VALUES (?, ?) ON CONFLICT DO NOTHING", (digest, token))
+        if self._connection.changes():
+            self._connection.execute("DELETE FROM evidence WHERE rowid <= last_insert_rowid() - ?", (EVIDENCE_KEPT,))
+
+    def _mac(self, frontier: Frontier) -> bytes:
+        return self._root_key.mac(tlv("cloister-log-head-v1", frontier.size, frontier.to_bytes()))

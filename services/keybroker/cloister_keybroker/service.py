@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -18,15 +18,14 @@ from cloister.release.keys import KeyState, Purpose
 from cloister.runtime.caller import current_caller, current_request_id
 from cloister.runtime.guard import CallerTable
 from cloister.runtime.server import Mounted
-from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, Receipt, Recipient, argument_error
 from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.owners import MAX_PAGE, Owner, OwnerDesk
-from cloister_keybroker.store import KeyStore
 from cloister_keybroker.workloads import KEM_IDS, Asked, ReleaseDesk, Workload
 
 _S = TypeVar("_S")
 _PACKAGE: Final = "cloister.api.keybroker.v1"
+RELEASE_SERVICE: Final = f"{_PACKAGE}.KeyReleaseService"
 _USERS: Final = frozenset({Role.USER})
 _WORKLOADS: Final = frozenset({Role.RANK, Role.BACKEND})
 
@@ -43,7 +42,6 @@ CALLERS: Final[CallerTable] = {
     f"/{_PACKAGE}.KeyOwnerService/OpenDataKey": _USERS,
     f"/{_PACKAGE}.KeyReleaseService/BeginRelease": _WORKLOADS,
     f"/{_PACKAGE}.KeyReleaseService/Release": _WORKLOADS,
-    f"/{_PACKAGE}.DecisionLogService/ListDecisions": _USERS,
 }
 
 _PURPOSES: Final = {
@@ -55,8 +53,6 @@ _PURPOSES: Final = {
 _WIRE_PURPOSES: Final = {purpose: wire for wire, purpose in _PURPOSES.items()}
 _WIRE_STATES: Final = {KeyState.ENABLED: pb.KEY_STATE_ENABLED, KeyState.DISABLED: pb.KEY_STATE_DISABLED}
 _KEYS_PAGE: Final = 100
-_DECISIONS_PAGE: Final = 50
-_MAX_ANSWER: Final = 2 * 1024 * 1024  # bytes of one listing: half of what a client receives at most
 
 
 class KeyOwnerServicer(rpc.KeyOwnerServiceServicer):
@@ -140,7 +136,7 @@ class KeyReleaseServicer(rpc.KeyReleaseServiceServicer):
     async def Release(self, request: pb.ReleaseRequest, _context: Any) -> pb.ReleaseResponse:  # noqa: N802
         wanted = request.WhichOneof("data_key")
         if wanted is None or (wanted == "wrapped") != bool(request.wrapped):
-            raise argument_error("data_key", "neither a wrapped data key nor generate", "the one or the other")
+            raise argument_error("data_key", "no wrapped data key, generate or renew", "one of them")
         released = await self._desk.release(
             _workload(),
             Asked(
@@ -151,6 +147,7 @@ class KeyReleaseServicer(rpc.KeyReleaseServiceServicer):
                 broker_nonce=request.broker_nonce,
                 recipient=Recipient(request.client_nonce, request.hpke_kem_id, request.hpke_public_key),
                 wrapped=request.wrapped,
+                renewal=wanted == "renew",
             ),
         )
         return pb.ReleaseResponse(
@@ -163,32 +160,13 @@ class KeyReleaseServicer(rpc.KeyReleaseServiceServicer):
         )
 
 
-class DecisionLogServicer(rpc.DecisionLogServiceServicer):
-    """The log, to users of the tenant whose callers it is about."""
-
-    def __init__(self, store: KeyStore) -> None:
-        self._store = store
-
-    async def ListDecisions(  # noqa: N802
-        self, request: pb.ListDecisionsRequest, _context: Any
-    ) -> pb.ListDecisionsResponse:
-        """Answer with the newest entries; fewer than asked for when they would not fit into one message."""
-        tenant = current_caller().spiffe_id.tenant
-        uri = str(KeyUri.parse(request.key_uri)) if request.key_uri else ""
-        limit = _page(request.limit, _DECISIONS_PAGE, "limit")
-        entries = await self._store.read(lambda t: t.newest_entries(tenant, key_uri=uri, limit=limit))
-        return pb.ListDecisionsResponse(decisions=_within(_MAX_ANSWER, entries))
-
-
-def mounted(owners: OwnerDesk, releases: ReleaseDesk, store: KeyStore) -> Sequence[Mounted]:
-    """Return the broker's services, ready for GrpcServer with CALLERS."""
+def mounted(owners: OwnerDesk, releases: ReleaseDesk) -> Sequence[Mounted]:
+    """Return the services of owners and workloads, ready for GrpcServer with CALLERS."""
     owner = _whole(KeyOwnerServicer(owners))  # type: ignore[abstract]
-    decisions = _whole(DecisionLogServicer(store))  # type: ignore[abstract]
     release = KeyReleaseServicer(releases)
     return (
         Mounted(f"{_PACKAGE}.KeyOwnerService", rpc.add_KeyOwnerServiceServicer_to_server, owner),
         Mounted(f"{_PACKAGE}.KeyReleaseService", rpc.add_KeyReleaseServiceServicer_to_server, release),
-        Mounted(f"{_PACKAGE}.DecisionLogService", rpc.add_DecisionLogServiceServicer_to_server, decisions),
     )
 
 
@@ -259,28 +237,4 @@ def _receipt(receipt: Receipt) -> pb.Receipt:
         index=receipt.place.index,
         root=receipt.place.root,
         receipt_spki_der=receipt.receipt_spki_der,
-    )
-
-
-def _within(limit: int, entries: Iterable[LoggedEntry]) -> list[pb.Decision]:
-    decisions, size = [], 0
-    for logged in entries:
-        decision = _decision(logged)
-        size += decision.ByteSize() + 8
-        if size > limit:
-            break
-        decisions.append(decision)
-    return decisions
-
-
-def _decision(logged: LoggedEntry) -> pb.Decision:
-    entry = logged.entry
-    return pb.Decision(
-        index=logged.index,
-        time_unix_ms=logged.time_ms,
-        action=entry.action,
-        key_uri=entry.key_uri,
-        caller=entry.caller,
-        granted=entry.granted,
-        blocks=[pb.Block(name=b.name, ok=b.ok, wanted=b.wanted, got=b.got) for b in entry.blocks],
     )

@@ -2,26 +2,32 @@
 """The broker's own records in SQLite: keys, versions, policies, published data sets and the decision log, in one file.
 
 Everything that changes a key is written in one transaction with its log entry. Rows are authenticated under the root
-key, so an edited row is refused when it is read; at start the log is hashed again and every key row is compared with
+key, so an edited row is refused when it is read; at start the log is verified and every key row is compared with
 the last change the log knows of, so a row that was put back, added or removed is found as well.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
 
 import apsw
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloister.atomicfile import file_error, sync_directory
 from cloister.errors import CloisterError, Code
+from cloister.identity import SpiffeId
 from cloister.runtime.database import Database
-from cloister_keybroker import log, mark
+from cloister.transparency.start import Start
+from cloister_keybroker import log, logkey, mark
 from cloister_keybroker.datasets import Registry
+from cloister_keybroker.logkey import LogKey
 from cloister_keybroker.rootkey import RootKey
 from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.transaction import Transaction, store_damaged
@@ -79,7 +85,8 @@ CREATE TABLE publications (
 ) STRICT, WITHOUT ROWID;
 """
     + mark.SCHEMA
-    + log.SCHEMA,
+    + log.SCHEMA
+    + logkey.SCHEMA,
 )
 
 
@@ -89,7 +96,9 @@ class KeyStore:
     def __init__(self, database: Database, root_key: RootKey) -> None:
         self._database = database
         self._root_key = root_key
+        self._retired = False
         self._registries: OrderedDict[bytes, Registry] = OrderedDict()  # used on the database's thread only
+        self._next_write: asyncio.Event | None = None
 
     @classmethod
     async def create(cls, path: Path, root_key: RootKey, record: SealRecord) -> KeyStore:
@@ -152,18 +161,54 @@ class KeyStore:
 
     async def write(self, work: Callable[[Transaction], _T]) -> _T:
         """Run `work` in a transaction; durable on disk before this returns, undone when `work` raises."""
-        return await self._database.write(lambda connection: work(self._transaction(connection)))
+        result = await self._database.write(lambda connection: work(self._transaction(connection)))
+        if self._next_write is not None:
+            self._next_write.set()
+            self._next_write = None
+        return result
+
+    def next_write(self) -> asyncio.Event:
+        """Return an event that is set after the next write; for the event loop that writes."""
+        if self._next_write is None:
+            self._next_write = asyncio.Event()
+        return self._next_write
+
+    def retire(self) -> None:
+        """Do nothing more: the root key is to be forgotten or replaced. What still holds this store gets an error."""
+        self._retired = True
+
+    async def begin_life(self, receipt: Ed25519PrivateKey, broker_id: SpiffeId, *, time_ms: int) -> LogKey:
+        """Log that a broker with this receipt key goes on with the log; return the log's own key."""
+
+        def work(connection: apsw.Connection) -> LogKey:
+            key = logkey.load_or_create(connection, self._root_key, broker_id)
+            decisions = log.DecisionLog(connection, self._root_key)
+            head = decisions.head()
+            start = Start.make(
+                log=key.note_key, broker_id=str(broker_id), receipt=receipt, size=head.size, root=head.root()
+            )
+            place = decisions.append(start.entry(), time_ms=time_ms)
+            return replace(key, start_index=place.index)
+
+        return await self._database.write(work)
 
     def close(self) -> None:
         """Close the file."""
         self._database.close()
 
     def _transaction(self, connection: apsw.Connection) -> Transaction:
+        if self._retired:  # looked at on the database's thread: no work that waited there gets past it
+            raise CloisterError(
+                Code.BROKER_SEALED,
+                what="the key broker was sealed meanwhile",
+                why="its root key was forgotten or replaced",
+                todo="try again when it is unsealed",
+            )
         return Transaction(connection, self._root_key, self._registries)
 
     def _verify(self, connection: apsw.Connection) -> None:
         """Compare every key's row with the last change that the (verified) log knows of; then what hangs on the row."""
-        logged = log.verify(connection, self._root_key)
+        logged = log.DecisionLog(connection, self._root_key).verify()
         transaction = self._transaction(connection)
         records = list(transaction.all_records())
         stored = {str(record.uri): record.digest() for record in records}
@@ -177,4 +222,4 @@ class KeyStore:
 
 def _begin(connection: apsw.Connection, root_key: RootKey, record: SealRecord) -> None:
     mark.write(connection, root_key, record)
-    log.create_head(connection, root_key)
+    log.DecisionLog(connection, root_key).create_head()

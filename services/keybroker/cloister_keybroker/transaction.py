@@ -20,9 +20,10 @@ from cloister.keyuri import KeyUri
 from cloister.release.keys import KeyState, Purpose
 from cloister.tlv import sha384, tlv
 from cloister.transparency.entry import Entry, LoggedEntry
-from cloister_keybroker import log
 from cloister_keybroker.datasets import Publication, Registry
 from cloister_keybroker.keys import KeyRecord, KeyVersion
+from cloister_keybroker.log import DecisionLog, LogPlace
+from cloister_keybroker.logproofs import LogProofs
 from cloister_keybroker.rootkey import RootKey
 
 _COLUMNS: Final = tuple(field.name for field in fields(KeyRecord))  # the table has a column for every field
@@ -92,6 +93,8 @@ class Transaction:
         self._connection = connection
         self._root_key = root_key
         self._registries = registries
+        self.log = DecisionLog(connection, root_key)
+        self.proofs = LogProofs(connection, self.log)
 
     def key(self, uri: KeyUri, *, version: int = 0) -> StoredKey | None:
         """Return a key with one version of it (0: the newest), or None when there is no such key.
@@ -163,6 +166,20 @@ class Transaction:
             (str(uri), version, policy.yaml, policy.envelope, self._policy_mac(uri, version, policy)),
         )
 
+    def put_policy(self, uri: KeyUri, version: int, policy: StoredPolicy) -> None:
+        """Store a policy that is there, authenticated anew."""
+        self._connection.execute(
+            "UPDATE policies SET mac = ? WHERE uri = ? AND version = ?",
+            (self._policy_mac(uri, version, policy), str(uri), version),
+        )
+
+    def all_policies(self) -> Iterator[tuple[KeyUri, int, StoredPolicy]]:
+        """Yield every policy of every key, replaced ones too, authenticated."""
+        places: list[Any] = self._connection.execute("SELECT uri, version FROM policies").fetchall()
+        for uri, version in places:
+            key = KeyUri.parse(uri)
+            yield key, version, self._authentic_policy(key, version)
+
     def insert_publication(self, record: KeyRecord, publication: Publication) -> None:
         """Store the publication that `record`, of which it is the last, already counts."""
         self._connection.execute(
@@ -221,25 +238,30 @@ class Transaction:
         )
         return [(KeyUri.parse(uri), version) for uri, version in rows]
 
+    def all_versions(self) -> list[tuple[KeyUri, int]]:
+        """Return every key version of every tenant."""
+        rows: list[Any] = self._connection.execute("SELECT uri, version FROM key_versions").fetchall()
+        return [(KeyUri.parse(uri), version) for uri, version in rows]
+
     def versions_by_backend(self) -> dict[str, int]:
         """Count key versions by back end."""
         return dict(self._connection.execute("SELECT backend, count(*) FROM key_versions GROUP BY backend"))
 
-    def append(self, entry: Entry, *, time_ms: int, token: str = "") -> log.LogPlace:
+    def append(self, entry: Entry, *, time_ms: int, token: str = "") -> LogPlace:
         """Append to the decision log; `token` is the (authentic) attestation result behind its evidence_digest."""
-        return log.append(self._connection, self._root_key, entry, time_ms=time_ms, token=token)
+        return self.log.append(entry, time_ms=time_ms, token=token)
 
     def evidence(self, digest: bytes) -> str | None:
         """Return the token that an entry's evidence_digest names, or None when none was kept."""
-        return log.evidence(self._connection, digest)
+        return self.log.evidence(digest)
 
     def released_to_job(self, *, uri: KeyUri, job: str, policy_digest: bytes) -> int:
         """Count past grants."""
-        return log.released_to_job(self._connection, key_uri=str(uri), job=job, policy_digest=policy_digest)
+        return self.log.released_to_job(key_uri=str(uri), job=job, policy_digest=policy_digest)
 
     def newest_entries(self, tenant: str, *, key_uri: str, limit: int) -> list[LoggedEntry]:
         """Return log entries of a tenant, newest first."""
-        return list(log.newest(self._connection, tenant=tenant, key_uri=key_uri, limit=limit))
+        return list(self.log.newest(tenant, key_uri=key_uri, limit=limit))
 
     def all_records(self) -> Iterator[KeyRecord]:
         """Yield every key of every tenant, authenticated."""
@@ -286,17 +308,17 @@ class Transaction:
         return version
 
     def _policy(self, record: KeyRecord) -> StoredPolicy | None:
-        if record.policy_version == 0:
-            return None
-        row = self._connection.execute(
-            "SELECT yaml, envelope, mac FROM policies WHERE uri = ? AND version = ?",
-            (str(record.uri), record.policy_version),
+        return self._authentic_policy(record.uri, record.policy_version) if record.policy_version else None
+
+    def _authentic_policy(self, uri: KeyUri, version: int) -> StoredPolicy:
+        row: Any = self._connection.execute(
+            "SELECT yaml, envelope, mac FROM policies WHERE uri = ? AND version = ?", (str(uri), version)
         ).fetchone()
         if row is not None:
             policy = StoredPolicy(row[0], row[1])
-            if hmac.compare_digest(row[2], self._policy_mac(record.uri, record.policy_version, policy)):
+            if hmac.compare_digest(row[2], self._policy_mac(uri, version, policy)):
                 return policy
-        raise store_damaged(f"the policy of {record.uri} was removed or edited")
+        raise store_damaged(f"the policy of {uri} was removed or edited")
 
     def _version_mac(self, uri: KeyUri, version: KeyVersion) -> bytes:
         return self._root_key.mac(

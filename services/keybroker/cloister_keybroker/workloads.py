@@ -45,6 +45,7 @@ from cloister_keybroker.store import KeyStore
 from cloister_keybroker.transaction import StoredKey, Transaction
 
 KEM_IDS: Final = (KEM_MLKEM768_X25519,)
+RELEASE, GENERATE, RENEW = "release", "generate", "renew"  # actions in the log
 _ATTEMPTS: Final = 3  # a key that its owner changes three times during one release is left alone
 
 
@@ -68,7 +69,10 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A release as it was asked for. `wrapped` empty: make a new data key; then version 0 is the newest."""
+    """A release as it was asked for. `wrapped` empty: make a new data key; then version 0 is the newest.
+
+    A renewal asks for no data key at all, only for a longer lease on what the workload holds.
+    """
 
     token: str
     key: KeyUri
@@ -77,10 +81,13 @@ class Asked:
     broker_nonce: bytes
     recipient: Recipient
     wrapped: bytes
+    renewal: bool = False
 
     @property
     def action(self) -> str:
-        return "release" if self.wrapped else "generate"
+        if self.renewal:
+            return RENEW
+        return RELEASE if self.wrapped else GENERATE
 
     def check(self) -> None:
         """Raise ARGUMENT_INVALID for what cannot be right, whoever asks."""
@@ -89,11 +96,16 @@ class Asked:
             raise argument_error("broker_nonce", f"{len(self.broker_nonce)} bytes", "the nonce of BeginRelease")
         if self.wrapped:
             check_wrapped(self.wrapped)
+        if self.renewal and not self.key_version:
+            raise argument_error("key_version", "0", "the version of the data key that is held")
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """A data key, and the policy under which the workload may hold it until the lease ends."""
+    """A data key, and the policy under which the workload may hold it until the lease ends.
+
+    After a renewal the answer carries no data key: its receipt is about the lease.
+    """
 
     data_key: DataKeyAnswer
     terms: LeaseTerms
@@ -178,6 +190,7 @@ class ReleaseDesk:
             broker_nonce=asked.broker_nonce,
             hpke_kem_id=asked.recipient.kem_id,
             hpke_key_digest=sha384(asked.recipient.public_key),
+            renewal=asked.renewal,
         )
 
         def decide(released_to_job: int) -> Decision:
@@ -186,7 +199,7 @@ class ReleaseDesk:
 
         data_key: FreshDataKey | None = None
         grounds: tuple[Block, ...] = ()
-        if decide(0).granted:
+        if decide(0).granted and not asked.renewal:
             data_key, block = await self._data_key(KeyRef.of(record, version), stored, asked)
             grounds = (block,)
         wrapped = data_key.wrapped if data_key else asked.wrapped
@@ -273,7 +286,7 @@ class ReleaseDesk:
             blocks=decision.blocks,
             key_version=binding.key_version,
             purpose=asked.purpose.value,
-            job=job_of(peer.spiffe_id),
+            job="" if asked.renewal else job_of(peer.spiffe_id),  # a renewal does not count for max_per_job
             channel=f"{peer.tls_version}, {peer.key_exchange_group}",
             policy_digest=binding.policy_digest,
             evidence_digest=binding.evidence_digest,

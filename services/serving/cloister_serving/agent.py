@@ -6,6 +6,7 @@
 3. measure environment, trust bundle, handler, archive, identity and model manifest; seal; enrol as this backend
 4. get the model's data key released to this TD's own HPKE key
 5. hand it to the worker, once, when the handler asks; then stay, because the worker dies with its parent
+6. renew the lease on the key; when it ends, the worker ends
 
 What it tells the gateway goes through an inherited pipe (`reports`). The end of the other pipe, the lifeline, ends it,
 and a byte there says that the model is ready. No secret is in its arguments, its environment or its directory.
@@ -44,8 +45,7 @@ from cloister.runtime.config import ConfigModel
 from cloister.runtime.logging import configure, get_logger
 from cloister.runtime.process import harden
 from cloister.sealed.directory import Peek, SealedDirectory
-from cloister.tdx import workload
-from cloister.tdx.workload import BackendClaim, DatasetClaim
+from cloister.tdx.workload import BackendClaim, DatasetClaim, WorkloadPlan
 from cloister.tlv import sha384
 from cloister_serving import stockworker
 from cloister_serving.keysocket import KeySocket, key_message
@@ -155,8 +155,13 @@ async def _provide_key(
     )
     del released
     reporter.send(Reached(Milestone.KEY_RELEASED))
-    await key_socket.hand_out(worker, message, on_denied=_log_denied)  # 5
-    reporter.send(Reached(Milestone.KEY_HANDED_OVER))
+    keeping = asyncio.create_task(keys.keep_leases())  # 6
+    try:
+        await key_socket.hand_out(worker, message, on_denied=_log_denied)  # 5
+        reporter.send(Reached(Milestone.KEY_HANDED_OVER))
+        await keeping
+    finally:
+        keeping.cancel()
 
 
 def _log_denied(pid: int) -> None:
@@ -164,13 +169,17 @@ def _log_denied(pid: int) -> None:
 
 
 def _measure(guest: Guest, bundle: TrustBundle, spec: AgentSpec, archive: Archive, peek: Peek) -> None:
-    guest.measure(workload.ENVIRONMENT, digest_of_environment())
-    guest.measure(workload.TRUST_BUNDLE, bundle.digest)
-    guest.measure(workload.SCRIPT, sha384(archive.handler_source))
-    guest.measure(workload.CONFIG, bytes.fromhex(spec.archive_digest))
-    guest.measure(workload.BACKEND, BackendClaim(spec.tenant, spec.model, spec.backend).to_payload())
-    guest.measure(workload.DATASET, DatasetClaim(MODEL_DIRECTORY, peek.manifest_digest).to_payload())
-    guest.seal(Role.BACKEND)
+    guest.run_as(
+        WorkloadPlan(
+            role=Role.BACKEND,
+            environment=digest_of_environment(),
+            trust_bundle=bundle.digest,
+            script=sha384(archive.handler_source),
+            config=bytes.fromhex(spec.archive_digest),
+            backend=BackendClaim(spec.tenant, spec.model, spec.backend),
+            datasets=(DatasetClaim(MODEL_DIRECTORY, peek.manifest_digest),),
+        )
+    )
 
 
 def _ended(code: int, tail: OutputTail) -> CloisterError:

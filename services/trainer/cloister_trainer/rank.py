@@ -5,7 +5,8 @@
   2. measure: environment, trust bundle, script, configuration, rank, each input's manifest; seal; make keys
   3. enrol with attest: it compares the measurements with the registered job
   4. get a data key for each input, sealed to this TD; rank 0 also those for the output; open the inputs
-  5. execute the script: the measured bytes, not the file
+  5. execute the script: the measured bytes, not the file; meanwhile the leases on the keys are renewed, and the rank
+     ends when one of them does
 
 Whatever fails is reported with code, reason and remedy: to the coordinator once there is an identity to speak with,
 before that in a file. Tracebacks go to the rank's log without local variables.
@@ -14,6 +15,7 @@ before that in a file. Tracebacks go to the rank's log without local variables.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import signal
@@ -40,7 +42,7 @@ from cloister.runtime.channel import open_channel
 from cloister.runtime.process import harden, lifeline, pin_to_cores
 from cloister.sealed.datakey import DataKey
 from cloister.sealed.directory import Peek, SealedDirectory
-from cloister.tdx import workload
+from cloister.tdx.workload import DatasetClaim, RankClaim, WorkloadPlan
 from cloister.train.job import Job
 from cloister.train.output import Output
 from cloister_trainer.ranklink import LoopThread, RankLink
@@ -78,7 +80,12 @@ class Rank:
         link.message("enrolled", str(identity.spiffe_id), time.monotonic() - began)
 
         began = time.monotonic()
-        keys = KeyClient(identity, spec.keybroker_endpoint)
+        keys = KeyClient(
+            identity,
+            spec.keybroker_endpoint,
+            on_waiting=lambda error: link.message("waiting", f"for approvals: {error.why}", time.monotonic() - began),
+        )
+        self._loop.start(self._keep_leases(keys))
         inputs = {entry.name: self._open(entry, peeks[entry.name], keys) for entry in spec.inputs}
         output_keys = self._output_keys(keys)
         if inputs or output_keys:
@@ -96,21 +103,32 @@ class Rank:
             inputs=[JobInput(i.name, i.key_uri, peeks[i.name].manifest_digest) for i in spec.inputs],
             output_key_uri=spec.output_key_uri,
         )
-        claim = workload.RankClaim(spec.tenant, spec.job_id, spec.rank, spec.world_size)
-        guest.measure(workload.ENVIRONMENT, digest_of_environment())
-        guest.measure(workload.TRUST_BUNDLE, bundle.digest)
-        guest.measure(workload.SCRIPT, script)
-        guest.measure(workload.CONFIG, config)
-        guest.measure(workload.RANK, claim.to_payload())
-        for name, peek in peeks.items():
-            guest.measure(workload.DATASET, workload.DatasetClaim(name, peek.manifest_digest).to_payload())
-        guest.seal(Role.RANK)
+        guest.run_as(
+            WorkloadPlan(
+                role=Role.RANK,
+                environment=digest_of_environment(),
+                trust_bundle=bundle.digest,
+                script=script,
+                config=config,
+                rank=RankClaim(spec.tenant, spec.job_id, spec.rank, spec.world_size),
+                datasets=tuple(DatasetClaim(name, peek.manifest_digest) for name, peek in peeks.items()),
+            )
+        )
 
     async def _enrol(self, guest: Guest, bundle: TrustBundle) -> tuple[Identity, RankLink]:
         identity = await Identity.enrol(guest, attest_endpoint=self._spec.attest_endpoint, bundle=bundle)
         identity.start_renewal()
         channel = open_channel(self._spec.trainer_endpoint, role=Role.TRAINER, credentials=identity)
         return identity, RankLink(self._loop, channel)
+
+    async def _keep_leases(self, keys: KeyClient) -> None:
+        """End the rank, whatever its script is at, when a lease on what it holds ends."""
+        try:
+            await keys.keep_leases()
+        except CloisterError as error:
+            await asyncio.to_thread(_report, self, self._spec, error)
+            sys.stdout.flush()
+            os._exit(_FAILED)
 
     def _release(self, keys: KeyClient, key_uri: str, peek: Peek | None = None) -> DataKey:
         wrapped, version = (peek.wrapped, peek.key_version) if peek else (None, 0)

@@ -20,6 +20,7 @@ from cloister.keyuri import KeyUri
 from cloister.release.keys import KeyState
 from cloister.tlv import parse_tlv, sha384, tlv
 from cloister_keybroker.backends import Custodian, KeyRef
+from cloister_keybroker.backends.failures import answer_invalid
 
 if TYPE_CHECKING:
     from cloister_keybroker.backends import Clock
@@ -29,7 +30,9 @@ _KEY: Final = KeyRef(KeyUri("cloister", "canary"), 1, KeyState.ENABLED, frozense
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class Kept:
+    """What the file holds."""
+
     backend: str
     locator: bytes
     wrapped: bytes
@@ -38,10 +41,14 @@ class _Kept:
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
+        """Decode it; raise ValueError for anything else."""
         backend, locator, wrapped, created_ms, digest = parse_tlv(data, label=_LABEL, fields=5)
+        if len(created_ms) != 8:
+            raise ValueError("a time has eight bytes")
         return cls(backend.decode("ascii"), locator, wrapped, int.from_bytes(created_ms, "big"), digest)
 
     def encode(self) -> bytes:
+        """Return the bytes of the file."""
         return tlv(_LABEL, self.backend, self.locator, self.wrapped, self.created_ms, self.digest)
 
 
@@ -65,29 +72,24 @@ class Canary:
                 await self._custodian.destroy(old.locator)
             part = await self._custodian.unwrap(kept.locator, kept.wrapped, _KEY.custodian_aad())
             if not hmac.compare_digest(sha384(part.reveal()), kept.digest):
-                raise CloisterError(
-                    Code.CUSTODIAN_ANSWER_INVALID,
-                    what="the back end opens the canary as something else",
-                    why="it is another store than the one that wrapped it, or it is damaged",
-                    todo="check what answers at the back end's address before any key is used",
-                )
+                raise answer_invalid(self._custodian.name, "it opens the canary as something else")
 
-    def _due(self, kept: _Kept) -> bool:
+    def _due(self, kept: Kept) -> bool:
         lifetime = self._custodian.lifetime
         age = self._clock() - datetime.fromtimestamp(kept.created_ms / 1000, UTC)
         return lifetime is not None and age >= lifetime.rewrap_after
 
-    async def _make(self) -> _Kept:
+    async def _make(self) -> Kept:
         created_ms = int(self._clock().timestamp() * 1000)
         locator = await self._custodian.create(_KEY)
         fresh = await self._custodian.generate(locator, _KEY.custodian_aad())
-        kept = _Kept(self._custodian.name, locator, fresh.wrapped, created_ms, sha384(fresh.secret.reveal()))
+        kept = Kept(self._custodian.name, locator, fresh.wrapped, created_ms, sha384(fresh.secret.reveal()))
         write_atomically(self._path, kept.encode())
         return kept
 
-    def _read(self) -> _Kept | None:
+    def _read(self) -> Kept | None:
         try:
-            kept = _Kept.parse(self._path.read_bytes())
+            kept = Kept.parse(self._path.read_bytes())
         except FileNotFoundError:
             return None
         except OSError as error:

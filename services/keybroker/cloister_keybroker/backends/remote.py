@@ -36,6 +36,7 @@ from cloister_keybroker.backends import (
     handle_damaged,
 )
 from cloister_keybroker.backends.canary import Canary
+from cloister_keybroker.backends.failures import answer_invalid
 from cloister_keybroker.backends.wrapping import WrappingBackend, seal, unseal
 from cloister_keybroker.rootkey import RootKey
 
@@ -67,12 +68,7 @@ class Handle:
         """Return the bytes that the store keeps."""
         data = tlv(_LABEL, self.backend, self.locator, self.wrapped_part, self.created_ms, self.sealed_key)
         if len(data) > MAX_HANDLE_SIZE:
-            raise CloisterError(
-                Code.CUSTODIAN_ANSWER_INVALID,
-                what="the back end's answer is longer than the store takes",
-                why=f"a handle has at most {MAX_HANDLE_SIZE} bytes; this one would have {len(data)}",
-                todo="this is no key store that Cloister knows; check the back end's address",
-            )
+            raise answer_invalid(self.backend, f"a handle has at most {MAX_HANDLE_SIZE} bytes; this has {len(data)}")
         return data
 
     def age(self, now: datetime) -> timedelta:
@@ -175,12 +171,7 @@ class RemoteBackend(WrappingBackend):
     async def _part(self, key: KeyRef, handle: Handle) -> SecretBytes:
         part = await self._custodian.unwrap(handle.locator, handle.wrapped_part, key.custodian_aad())
         if len(part) != PART_SIZE:
-            raise CloisterError(
-                Code.CUSTODIAN_ANSWER_INVALID,
-                what="the back end answered with something that is no part of a key",
-                why=f"wanted {PART_SIZE} bytes; got {len(part)}",
-                todo="check what answers at the back end's address",
-            )
+            raise answer_invalid(self.name, f"a part of a key has {PART_SIZE} bytes; this one has {len(part)}")
         return part
 
     def _parse(self, key: KeyRef, data: bytes) -> Handle:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cloister.secret import SecretBytes
 from cloister_keybroker.backends import DEK_SIZE, WRAPPING_KEY_SIZE, FreshDataKey, KeyRef, wrapped_key_invalid
 
-_FORMAT: Final = b"\x01"
+FORMAT: Final = b"\x01"
 _NONCE_SIZE: Final = 12
 _OVERHEAD: Final = 1 + _NONCE_SIZE + 16
 WRAPPED_SIZE: Final = _OVERHEAD + DEK_SIZE
@@ -27,12 +27,12 @@ WRAPPED_SIZE: Final = _OVERHEAD + DEK_SIZE
 def seal(key: SecretBytes, secret: SecretBytes, aad: bytes) -> bytes:
     """Return 0x01 || nonce || ciphertext and tag: 29 bytes more than the secret."""
     nonce = os.urandom(_NONCE_SIZE)
-    return _FORMAT + nonce + AESGCM(key.reveal()).encrypt(nonce, secret.reveal(), aad)
+    return FORMAT + nonce + AESGCM(key.reveal()).encrypt(nonce, secret.reveal(), aad)
 
 
 def unseal(key: SecretBytes, sealed: bytes, aad: bytes) -> SecretBytes:
     """Return the secret; raise InvalidTag for anything that `seal` did not make."""
-    if sealed[:1] != _FORMAT or len(sealed) < _OVERHEAD:
+    if sealed[:1] != FORMAT or len(sealed) < _OVERHEAD:
         raise InvalidTag
     nonce, ciphertext = sealed[1 : 1 + _NONCE_SIZE], sealed[1 + _NONCE_SIZE :]
     return SecretBytes(AESGCM(key.reveal()).decrypt(nonce, ciphertext, aad))
@@ -62,7 +62,7 @@ class WrappingBackend(ABC):
         return seal(await self._usable_key(key, handle), secret, key.dek_aad())
 
     async def unwrap(self, key: KeyRef, handle: bytes, wrapped: bytes) -> SecretBytes:
-        if len(wrapped) != WRAPPED_SIZE or wrapped[:1] != _FORMAT:
+        if len(wrapped) != WRAPPED_SIZE or wrapped[:1] != FORMAT:
             raise wrapped_key_invalid(key)  # before anybody is asked over the network
         try:
             return unseal(await self._usable_key(key, handle), wrapped, key.dek_aad())

@@ -824,7 +824,7 @@ class Receipt(_message.Message):
     signature: _builtins.bytes
     """Ed25519 over the TLV "cloister-receipt-v2"."""
     log_id: _builtins.bytes
-    """SHA-384 of the log's receipt key (SubjectPublicKeyInfo, DER)."""
+    """SHA-384 of the log's own key (SubjectPublicKeyInfo, DER), which signs checkpoints and outlives restarts."""
     index: _builtins.int
     """Index of the decision in the log and Merkle root (RFC 6962, SHA-256) of the log that ends with it."""
     root: _builtins.bytes
@@ -1621,12 +1621,22 @@ class GetCheckpointResponse(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     ROOT_FIELD_NUMBER: _builtins.int
     SIGNER_SPKI_DER_FIELD_NUMBER: _builtins.int
+    START_ENTRY_FIELD_NUMBER: _builtins.int
+    START_INDEX_FIELD_NUMBER: _builtins.int
+    START_PROOF_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.bytes
     """Signed note (C2SP tlog-checkpoint)."""
     size: _builtins.int
     root: _builtins.bytes
     signer_spki_der: _builtins.bytes
-    """SubjectPublicKeyInfo (DER) of the key that signed it, and every earlier key of this log with its successor's note."""
+    """SubjectPublicKeyInfo (DER) of the log's own key, which signed it."""
+    start_entry: _builtins.bytes
+    """The entry that the broker's present life began with: the receipt key of its evidence endorses the log's key there."""
+    start_index: _builtins.int
+    @_builtins.property
+    def start_proof(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """That it stands in the log of the checkpoint."""
+
     def __init__(
         self,
         *,
@@ -1634,10 +1644,13 @@ class GetCheckpointResponse(_message.Message):
         size: _builtins.int = ...,
         root: _builtins.bytes = ...,
         signer_spki_der: _builtins.bytes = ...,
+        start_entry: _builtins.bytes = ...,
+        start_index: _builtins.int = ...,
+        start_proof: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "root", b"root", "signer_spki_der", b"signer_spki_der", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "root", b"root", "signer_spki_der", b"signer_spki_der", "size", b"size", "start_entry", b"start_entry", "start_index", b"start_index", "start_proof", b"start_proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1776,7 +1789,7 @@ class ExportLogResponse(_message.Message):
         LEAF_HASH_FIELD_NUMBER: _builtins.int
         index: _builtins.int
         entry: _builtins.bytes
-        """Of an entry of the caller's tenant."""
+        """Of an entry of the caller's tenant, or of none: the start of a broker's life."""
         leaf_hash: _builtins.bytes
         """Of any other, 32 bytes."""
         def __init__(
@@ -2228,7 +2241,7 @@ class Decision(_message.Message):
     index: _builtins.int
     time_unix_ms: _builtins.int
     action: _builtins.str
-    """"release", "generate", "open", "create-key", "put-policy", "enable", "disable"."""
+    """Such as "release", "generate", "open", "create-key", "put-policy", "enable", "disable", "start"."""
     key_uri: _builtins.str
     caller: _builtins.str
     granted: _builtins.bool

@@ -6,6 +6,8 @@ from __future__ import annotations
 import base64
 import io
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -243,3 +245,17 @@ def test_an_old_data_set_is_read_whole(tmp_path: Path) -> None:
     (tmp_path / "evil").write_bytes(legacy([torch.nn.Linear(1, 1)]))
     with pytest.raises(Exception, match="weights_only"):
         EncryptedDataset(tmp_path / "evil", KEY)
+
+
+def test_the_guard_waits_for_torch_to_be_imported(tmp_path: Path) -> None:
+    script = """
+import sys
+from cloister.data import guard_plaintext
+guard_plaintext()
+assert "torch" not in sys.modules
+import torch
+torch.save({}, sys.argv[1])
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "m")], capture_output=True, text=True)
+    assert "CLO-1407" in done.stderr
+    assert not (tmp_path / "m").exists()

@@ -15,11 +15,16 @@ seal proves is who wrote a pickle, not what it does. `from torch import load` be
 from __future__ import annotations
 
 import base64
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import io
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, Final
 
 from cloister.data import keyring
@@ -63,12 +68,42 @@ def unpatch_encryption() -> None:
 
 
 def guard_plaintext() -> None:
-    """Make torch.save to a file an error from now on, unless it seals: what a rank does before its script runs."""
+    """Make torch.save to a file an error from now on, unless it seals: what a rank does before its script runs.
+
+    Torch takes seconds to import, so where nobody has done so yet the guard waits until somebody does.
+    """
+    _guarded.append(True)
+    if "torch" in sys.modules:
+        _replace_save()
+    else:
+        sys.meta_path.insert(0, _AfterTorch())
+
+
+def _replace_save() -> None:
     import torch
 
     if "save" not in _originals:
         _originals["save"], torch.save = torch.save, _save
-    _guarded.append(True)
+
+
+class _AfterTorch(importlib.abc.MetaPathFinder):
+    """Finds torch like everybody else, once, and puts the guard in when it has been imported."""
+
+    def find_spec(self, fullname: str, _path: Any, _target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _replace_save()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 @contextmanager

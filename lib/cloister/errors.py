@@ -186,6 +186,7 @@ class Code(enum.Enum):
     RANK_FAILED = CodeInfo(1506, Kind.INTERNAL, "a rank ended with an error")
     CHECKPOINT_FAILED = CodeInfo(1507, Kind.EXHAUSTED, "a checkpoint could not be written; the previous one is whole")
     PEER_LOST = CodeInfo(1508, Kind.UNAVAILABLE, "another rank of the job went away in the middle of a step")
+    CHECKPOINT_ROLLED_BACK = CodeInfo(1510, Kind.UNAUTHENTIC, "storage holds older checkpoints than were written")
     # 1600: serving
     MODEL_NOT_FOUND = CodeInfo(1601, Kind.NOT_FOUND, "no such model of yours")
     MODEL_EXISTS = CodeInfo(1602, Kind.EXISTS, "a model of this name is deployed")
@@ -223,6 +224,10 @@ class CloisterError(Exception):
     def kind(self) -> Kind:
         return self.code.kind
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Let it travel between processes, as torch's collectives and multiprocessing send errors."""
+        return _again, (self.code.text, self.what, self.why, self.todo, self.block)
+
     def __str__(self) -> str:
         parts = [f"{self.code.text}: {self.what}"]
         parts += [part for part in (self.why, self.todo) if part]
@@ -235,3 +240,8 @@ def code_from_text(text: str) -> Code | None:
         if code.text == text:
             return code
     return None
+
+
+def _again(code: str, what: str, why: str, todo: str, block: str) -> CloisterError:
+    """Make an error again that came from another process; an unknown code is one of a newer release."""
+    return CloisterError(code_from_text(code) or Code.INTERNAL, what=what, why=why, todo=todo, block=block)

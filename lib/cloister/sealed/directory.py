@@ -104,6 +104,11 @@ class SealedDirectory:
         return directory
 
     @property
+    def data_key(self) -> DataKey:
+        """The key it was opened with."""
+        return self._data_key
+
+    @property
     def files(self) -> tuple[str, ...]:
         """The paths of the files, sorted."""
         return tuple(self._entries)

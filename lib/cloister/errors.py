@@ -116,6 +116,9 @@ class Code(enum.Enum):
     VERDICT_INVALID = CodeInfo(1214, Kind.UNAUTHENTIC, "a verdict bundle is malformed, or its verdict is another")
     VERDICT_NOT_FOUND = CodeInfo(1215, Kind.NOT_FOUND, "no such verdict, or its evidence is not kept")
     DENY_LISTED = CodeInfo(1216, Kind.DENIED, "this identity, platform or measurement is not let in any more")
+    REFERENCES_REJECTED = CodeInfo(
+        1217, Kind.UNAUTHENTIC, "a reference set is not signed by those who have to sign it, or older than one seen"
+    )
     COLLATERAL_EXPIRED = CodeInfo(1220, Kind.STATE, "the collateral of this platform family is past its time")
     COLLATERAL_NOT_YET_VALID = CodeInfo(1221, Kind.STATE, "collateral was issued after what this machine's clock says")
     COLLATERAL_NOT_FOUND = CodeInfo(1222, Kind.NOT_FOUND, "there is no collateral for this platform family")

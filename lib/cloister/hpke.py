@@ -37,7 +37,11 @@ class HpkeKeyPair:
     @classmethod
     def generate(cls) -> HpkeKeyPair:
         """Make a key pair from the system's randomness."""
-        mlkem, x25519 = MLKEM768PrivateKey.generate(), X25519PrivateKey.generate()
+        return cls.of(MLKEM768PrivateKey.generate(), X25519PrivateKey.generate())
+
+    @classmethod
+    def of(cls, mlkem: MLKEM768PrivateKey, x25519: X25519PrivateKey) -> HpkeKeyPair:
+        """Make the pair of two private keys."""
         public = mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw()
         return cls(hpke.MLKEM768X25519PrivateKey(mlkem, x25519), public)
 
@@ -85,9 +89,7 @@ def self_test() -> None:
 def _fixed_pair() -> HpkeKeyPair:
     """Return the key pair of the known answer (seeds 00..3f and 40..5f)."""
     mlkem = MLKEM768PrivateKey.from_seed_bytes(bytes(range(64)))
-    x25519 = X25519PrivateKey.from_private_bytes(bytes(range(64, 96)))
-    public = mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw()
-    return HpkeKeyPair(hpke.MLKEM768X25519PrivateKey(mlkem, x25519), public)
+    return HpkeKeyPair.of(mlkem, X25519PrivateKey.from_private_bytes(bytes(range(64, 96))))
 
 
 _KAT_SEALED = bytes.fromhex(

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import AsyncIterator
+import zlib
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cloister.appraisal.references import parse_reference_set
 from cloister.collateral.failures import expired
 from cloister.collateral.family import Family
+from cloister.ear.jws import sign_claims
 from cloister.errors import CloisterError, Code
 from cloister.guest.verdictbundle import VERIFIER_ID, VerdictBundle, replay
+from cloister.guest.verdictsignature import TYPE, verify_signature
 from cloister.identity import Role
 from cloister_attest.verdicts import Verdicts
 from cloister_sim.platform import SimulatedPlatform
@@ -165,6 +168,110 @@ async def test_of_another_version_outcome_and_reason_must_agree(attest: LocalAtt
     refusal = await refused(attest, attributes=bytes(8)) | {"verifier": "cloister-attest/0.0.1"}
     assert (await replay(parse(refusal))).same
     assert not (await replay(parse(refusal | {"policy": LENIENT, "accepted": True}))).same
+
+
+# The signature.
+
+
+def signed_by(document: dict[str, Any], keys: Sequence[Mapping[str, str]]) -> str:
+    return verify_signature(json.dumps(document).encode(), keys=keys)
+
+
+def not_signed(document: dict[str, Any], keys: Sequence[Mapping[str, str]]) -> str:
+    with pytest.raises(CloisterError) as caught:
+        signed_by(document, keys)
+    assert caught.value.code is Code.VERDICT_INVALID
+    return f"{caught.value.what}; {caught.value.why}"
+
+
+async def test_verdicts_of_both_outcomes_are_signed_with_the_token_key(attest: LocalAttest) -> None:
+    keys = attest.bundle.token_keys
+    for document in (await accepted(attest), await refused(attest, script=b"\x66" * 48)):
+        assert signed_by(document, keys) == keys[0]["kid"]
+        # Not the form of the file is signed, but what it says.
+        assert signed_by(dict(reversed(document.items())), keys) == keys[0]["kid"]
+    attest.source.problem = expired(Family.of("00" * 6, "platform", "tdx"), attest.clock(), attest.clock())
+    assert signed_by(await refused(attest), keys) == keys[0]["kid"]
+
+
+async def test_no_word_of_a_signed_bundle_can_be_changed(attest: LocalAttest) -> None:
+    keys, document = attest.bundle.token_keys, await accepted(attest)
+    changes: dict[str, Any] = {
+        "spiffe_id": "spiffe://cloister.test/ns/hospital-a/job/j-1/rank/1",
+        "verifier": "cloister-attest/0.0.1",
+        "accepted": False,
+        "time": (attest.clock() + timedelta(microseconds=1)).isoformat(),
+        "before": [document["before"][0] | {"got": "something else"}, *document["before"][1:]],
+        "checks": document["checks"][:-1],
+        "after": [],
+        "collateral": None,
+        "policy": LENIENT,
+        "references": [],
+        "expected": document["expected"] | {"audience": "x"},
+        "evidence": document["evidence"] | {"receipt_spki_der": b64(b"x")},
+        "root": document["root"] | {"simulated": False},
+        "unavailable": {"code": "INTERNAL", "what": "", "why": "", "todo": ""},
+    }
+    assert changes.keys() == document.keys() - {"format", "signature"}
+    for name, value in changes.items():
+        assert "is not what attest signed" in not_signed(document | {name: value}, keys), name
+
+
+async def test_what_attest_did_not_sign_is_not_signed(attest: LocalAttest, tmp_path: Path) -> None:
+    keys, document = attest.bundle.token_keys, await accepted(attest)
+    assert "is not signed" in not_signed(document | {"signature": ""}, keys)
+    assert "is not what attest signed" in not_signed(
+        document | {"signature": (await accepted(attest))["signature"]}, keys
+    )
+    head, body, mark = document["signature"].split(".")
+    assert "signature" in not_signed(document | {"signature": f"{head}.{body}.{mark[:-4]}AAAA"}, keys)
+    for garbage in ("x", "a.b.c", document["signature"] + "x"):
+        not_signed(document | {"signature": garbage}, keys)
+    with local_attest() as another:
+        assert "not in the trust bundle" in not_signed(document, another.bundle.token_keys)
+    assert "not in the trust bundle" in not_signed(document, [])
+
+
+async def test_another_object_under_the_same_key_is_no_signature_of_a_verdict(attest: LocalAttest) -> None:
+    """The same key signs attestation results: their type tells them apart."""
+    keys, document = attest.bundle.token_keys, await accepted(attest)
+    token = (await attest.enrolment.attest(await attest.request(attest.td(Role.TRAINER)))).attestation_result
+    not_signed(document | {"signature": token}, keys)
+    claims = json.loads(unb64(document["signature"].split(".")[1] + "==="))
+    key, key_id = attest.authority.token_key, attest.authority.token_key_id
+
+    def signed(kind: str = TYPE, **changes: Any) -> dict[str, Any]:
+        return document | {"signature": sign_claims(claims | changes, kind=kind, key=key, key_id=key_id)}
+
+    assert signed_by(signed(), keys)
+    assert "typ" in not_signed(signed("eat+jwt"), keys)
+    for wrong in (
+        signed(iss="spiffe://cloister.test/service/keybroker"),
+        signed(iat=claims["iat"] + 1),
+        signed(more=1),
+        signed(verdict="sha384:" + "00" * 48),
+    ):
+        not_signed(wrong, keys)
+
+
+async def test_a_verdict_that_was_changed_on_the_disk_is_not_signed_anew(attest: LocalAttest) -> None:
+    keys, document = attest.bundle.token_keys, await accepted(attest)
+    number = (await attest.verdicts.newest(limit=1))[0].number
+    stored = VerdictBundle.parse(json.dumps(document).encode()).model_copy(
+        update={
+            "spiffe_id": "spiffe://cloister.test/service/keybroker",
+            "collateral": None,
+            "policy": "",
+            "references": (),
+        }
+    )
+    content = zlib.compress(stored.model_dump_json().encode())
+    await attest.database.write(
+        lambda db: db.execute("UPDATE grounds SET bundle = ? WHERE number = ?", (content, number)).close()
+    )
+    changed = await newest(attest)
+    assert changed["spiffe_id"] == "spiffe://cloister.test/service/keybroker"
+    assert "is not what attest signed" in not_signed(changed, keys)
 
 
 @pytest.mark.parametrize(

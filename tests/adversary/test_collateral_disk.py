@@ -14,9 +14,8 @@ from cloister.collateral.cache import CollateralCache
 from cloister.collateral.client import CollateralClient
 from cloister.collateral.family import Family
 from cloister.collateral.store import CollateralStore
-from cloister.tdx.collateral import Collateral
 from fakes.collateral_authority import TDX_FAMILY, CollateralAuthority
-from fakes.collateral_harness import LIMITS, Clocks, open_cache
+from fakes.collateral_harness import LIMITS, Clocks, get, open_cache, serving
 from fakes.fake_pccs import FakePccs
 
 
@@ -33,18 +32,13 @@ def evil() -> CollateralAuthority:
 
 @pytest.fixture
 async def pccs(authority: CollateralAuthority) -> AsyncIterator[FakePccs]:
-    async with FakePccs() as server:
-        server.serve(TDX_FAMILY, authority.collateral(TDX_FAMILY))
+    async with serving(authority) as server:
         yield server
 
 
 @pytest.fixture
 def clocks() -> Clocks:
     return Clocks()
-
-
-async def get(cache: CollateralCache) -> Collateral:
-    return await cache.get(TDX_FAMILY.fmspc, TDX_FAMILY.ca, TDX_FAMILY.tee)
 
 
 class TestCacheFile:

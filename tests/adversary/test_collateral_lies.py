@@ -17,12 +17,10 @@ from cloister.collateral.failures import Failure, FetchFailed
 from cloister.collateral.family import Family
 from cloister.collateral.resources import CollateralServer, DocumentKind
 from cloister.errors import CloisterError, Code
-from cloister.tdx.collateral import Collateral
 from fakes.collateral_authority import NOW, SGX_FAMILY, TDX_FAMILY, CollateralAuthority, Wish
-from fakes.collateral_harness import LIMITS, Clocks, open_cache
+from fakes.collateral_harness import DAY, LIMITS, Clocks, get, open_cache, serving
 from fakes.fake_pccs import FakePccs, Lie, lies
 
-DAY = timedelta(days=1)
 TCB, QE, PCK, ROOT = (
     DocumentKind.TCB_INFO,
     DocumentKind.QE_IDENTITY,
@@ -45,8 +43,7 @@ def evil() -> CollateralAuthority:
 
 @pytest.fixture
 async def pccs(authority: CollateralAuthority) -> AsyncIterator[FakePccs]:
-    async with FakePccs() as server:
-        server.serve(TDX_FAMILY, authority.collateral(TDX_FAMILY))
+    async with serving(authority) as server:
         yield server
 
 
@@ -61,10 +58,6 @@ async def cache(
 ) -> AsyncIterator[CollateralCache]:
     async with open_cache(pccs, tmp_path / "cache.db", authority.trust_root, clocks) as opened:
         yield opened
-
-
-async def get(cache: CollateralCache) -> Collateral:
-    return await cache.get(TDX_FAMILY.fmspc, TDX_FAMILY.ca, TDX_FAMILY.tee)
 
 
 async def require_refused_and_harmless(

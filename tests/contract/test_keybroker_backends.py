@@ -20,11 +20,12 @@ from cloister_keybroker.backends.factory import Backends, open_backends
 from cloister_keybroker.backends.wrapping import WRAPPED_SIZE
 from cloister_keybroker.rootkey import RootKey
 from fakes.custodian_in_memory import Moments
+from fakes.ehsm_place import EhsmPlace
 from fakes.keybroker_harness import KEY, OTHER_KEY
 from fakes.softhsm_token import SoftToken
 from fakes.transit_server import TransitServer
 
-KINDS = ("embedded", "pkcs11", "transit")
+KINDS = ("embedded", "ehsm", "pkcs11", "transit")
 REF = KeyRef(KEY, 1, KeyState.ENABLED, frozenset({Purpose.TRAIN, Purpose.EVALUATE}))
 DISABLED = replace(REF, state=KeyState.DISABLED)
 
@@ -48,6 +49,8 @@ class Place:
 async def place(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Place]:
     async with AsyncExitStack() as stack:
         match request.param:
+            case "ehsm":
+                uri = (await stack.enter_async_context(EhsmPlace(tmp_path / "ehsm", clock=Moments()))).uri
             case "pkcs11":
                 token = SoftToken()
                 stack.callback(token.close)

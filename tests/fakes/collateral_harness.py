@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clocks that tests turn, and caches that use them."""
+"""What tests of collateral begin with: bundles, clocks that they turn, a PCCS that serves, caches in front of it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from cloister.collateral.bundle import CollateralBundle
 from cloister.collateral.cache import CollateralCache, Rhythm
 from cloister.collateral.client import ClientLimits, CollateralClient
+from cloister.collateral.commands import Imported, import_
+from cloister.collateral.family import Edition, Family
+from cloister.collateral.source import CollateralSource
+from cloister.tdx.collateral import Collateral
 from cloister.tdx.trustroot import TrustRoot
-from fakes.collateral_authority import NOW
+from fakes.collateral_authority import NOW, TDX_FAMILY, CollateralAuthority, Wish
 from fakes.fake_pccs import FakePccs
 
+DAY = timedelta(days=1)
+EARLY = Family(TDX_FAMILY.fmspc, TDX_FAMILY.ca, TDX_FAMILY.tee, Edition.EARLY)
 LIMITS = ClientLimits(connect_s=2.0, total_s=2.0)
 
 
@@ -33,6 +40,29 @@ class Clocks:
 
     def set_back(self, span: timedelta) -> None:
         self.now -= span
+
+
+def bundle(authority: CollateralAuthority, wish: Wish | None = None, family: Family = TDX_FAMILY) -> CollateralBundle:
+    """Return what an authority says about a family, as a bundle that was fetched at NOW."""
+    return CollateralBundle(family, NOW, Collateral.of(authority.collateral(family, wish)))
+
+
+def run_import(source: Path, directory: Path, authority: CollateralAuthority, **options: Any) -> Imported:
+    """Import a file at NOW, or at `now`."""
+    return import_(source, directory, root=authority.trust_root, now=options.pop("now", NOW), **options)
+
+
+async def get(source: CollateralSource, family: Family = TDX_FAMILY) -> Collateral:
+    """Ask a source for a family."""
+    return await source.get(family.fmspc, family.ca, family.tee)
+
+
+@asynccontextmanager
+async def serving(authority: CollateralAuthority) -> AsyncIterator[FakePccs]:
+    """Run a PCCS that has the collateral of TDX_FAMILY."""
+    async with FakePccs() as server:
+        server.serve(TDX_FAMILY, authority.collateral(TDX_FAMILY))
+        yield server
 
 
 @asynccontextmanager

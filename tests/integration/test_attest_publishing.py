@@ -87,6 +87,23 @@ async def test_a_verdict_of_a_running_attest_is_made_again_offline(attest: Attes
     code, document = await run("--root", root)
     assert code == 0
     assert (document["same"], document["accepted"], document["tcb_status"]) == (True, True, "UpToDate")
+    assert str(document["signature"]).startswith("not verified: name the keys of attest")
+
+    bundle_file, jwks = attest.bundle_file, tmp_path / "jwks.json"
+    jwks.write_text(json.dumps({"keys": [dict(key) for key in attest.bundle.token_keys]}))
+    for keys in (bundle_file, jwks):
+        code, document = await run("--keys", str(keys))
+        assert (code, document["signature"]) == (0, f"verified: by the key {attest.bundle.token_keys[0]['kid']}")
+    jwks.write_text('{"keys": []}')
+    code, document = await run("--keys", str(jwks))
+    assert (code, document["exit_code"]) == (3, 3)
+
+    file.write_bytes(json.dumps(json.loads(data) | {"signature": ""}).encode())
+    code, document = await run()
+    assert (code, document["signature"]) == (0, "UNSIGNED: anybody can have made this file")
+    code, document = await run("--keys", str(bundle_file))
+    assert code == 3
+
     file.write_bytes(data.replace(b'"accepted": true', b'"accepted": false', 1))
     assert file.read_bytes() != data
     code, document = await run()

@@ -14,12 +14,10 @@ from cloister.collateral.cache import CollateralCache
 from cloister.collateral.family import Edition, Family
 from cloister.collateral.resources import DocumentKind
 from cloister.errors import CloisterError, Code
-from cloister.tdx.collateral import Collateral
 from fakes.collateral_authority import NOW, SGX_FAMILY, TDX_FAMILY, CollateralAuthority, Wish
-from fakes.collateral_harness import Clocks, open_cache
+from fakes.collateral_harness import DAY, Clocks, get, open_cache, serving
 from fakes.fake_pccs import FakePccs, lies
 
-DAY = timedelta(days=1)
 SECOND = timedelta(seconds=1)
 END = NOW + 29 * DAY  # of what the authority signs by default
 TCB = DocumentKind.TCB_INFO
@@ -32,8 +30,7 @@ def authority() -> CollateralAuthority:
 
 @pytest.fixture
 async def pccs(authority: CollateralAuthority) -> AsyncIterator[FakePccs]:
-    async with FakePccs() as server:
-        server.serve(TDX_FAMILY, authority.collateral(TDX_FAMILY))
+    async with serving(authority) as server:
         yield server
 
 
@@ -48,10 +45,6 @@ async def cache(
 ) -> AsyncIterator[CollateralCache]:
     async with open_cache(pccs, tmp_path / "cache.db", authority.trust_root, clocks) as opened:
         yield opened
-
-
-async def get(cache: CollateralCache, family: Family = TDX_FAMILY) -> Collateral:
-    return await cache.get(family.fmspc, family.ca, family.tee)
 
 
 async def refused(cache: CollateralCache, code: Code, family: Family = TDX_FAMILY) -> CloisterError:

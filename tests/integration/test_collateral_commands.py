@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,19 +12,17 @@ from urllib.parse import quote
 import pytest
 
 from cloister.collateral.bundle import CollateralBundle, bundle_path
-from cloister.collateral.commands import Imported, Outcome, export, fetch, import_
-from cloister.collateral.family import Edition, Family
+from cloister.collateral.commands import Outcome, export, fetch
+from cloister.collateral.family import Family
 from cloister.collateral.offline import OfflineCollateral
 from cloister.collateral.resources import DocumentKind
 from cloister.errors import CloisterError, Code
 from cloister.tdx.collateral import Collateral
 from fakes.collateral_authority import NOW, SGX_FAMILY, TDX_FAMILY, CollateralAuthority, Wish
-from fakes.collateral_harness import LIMITS
+from fakes.collateral_harness import DAY, EARLY, LIMITS, bundle, run_import, serving
 from fakes.fake_pccs import FakePccs, lies
 
-DAY = timedelta(days=1)
 Change = Callable[[dict[str, Any]], object]
-EARLY = Family(TDX_FAMILY.fmspc, TDX_FAMILY.ca, TDX_FAMILY.tee, Edition.EARLY)
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +32,13 @@ def authority() -> CollateralAuthority:
 
 @pytest.fixture
 async def pccs(authority: CollateralAuthority) -> AsyncIterator[FakePccs]:
-    async with FakePccs() as server:
-        server.serve(TDX_FAMILY, authority.collateral(TDX_FAMILY))
+    async with serving(authority) as server:
         yield server
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return tmp_path / "collateral"
-
-
-def bundle(authority: CollateralAuthority, wish: Wish | None = None, family: Family = TDX_FAMILY) -> CollateralBundle:
-    return CollateralBundle(family, NOW, Collateral.of(authority.collateral(family, wish)))
 
 
 async def run_fetch(
@@ -61,10 +53,6 @@ async def run_fetch(
         limits=LIMITS,
         **options,
     )
-
-
-def run_import(source: Path, directory: Path, authority: CollateralAuthority, **options: Any) -> Imported:
-    return import_(source, directory, root=authority.trust_root, now=options.pop("now", NOW), **options)
 
 
 class TestFetch:

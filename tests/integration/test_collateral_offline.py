@@ -5,27 +5,28 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cloister.collateral.bundle import CollateralBundle, bundle_path
-from cloister.collateral.commands import Imported, family_of, import_
+from cloister.collateral.commands import family_of
 from cloister.collateral.family import Edition, Family, PckCa
 from cloister.collateral.offline import OfflineCollateral
 from cloister.errors import CloisterError, Code
+from cloister.runtime.marks import Marks
 from cloister.tdx.collateral import Collateral
 from cloister.tdx.trustroot import TrustRoot
 from cloister.tdx.verifier import Verifier
 from cloister_sim import SimulatedPlatform
 from fakes.collateral_authority import NOW, TDX_FAMILY, CollateralAuthority, Wish
-from fakes.collateral_harness import Clocks, open_cache
+from fakes.collateral_harness import DAY, EARLY, Clocks, bundle, get, open_cache, run_import
 from fakes.fake_pccs import FakePccs
 
-DAY = timedelta(days=1)
-EARLY = Family(TDX_FAMILY.fmspc, TDX_FAMILY.ca, TDX_FAMILY.tee, Edition.EARLY)
+NEWEST = Wish(crl_number=2)
 VECTORS = Path(os.environ.get("CLOISTER_TEST_VECTORS", Path(__file__).parents[3] / "shared" / "vectors")) / "tdx"
 REAL = sorted((VECTORS / "collateral").glob("*.json"))
 if not REAL and os.environ.get("CI") == "true":
@@ -41,14 +42,6 @@ def authority() -> CollateralAuthority:
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return tmp_path / "collateral"
-
-
-def bundle(authority: CollateralAuthority, wish: Wish | None = None, family: Family = TDX_FAMILY) -> CollateralBundle:
-    return CollateralBundle(family, NOW, Collateral.of(authority.collateral(family, wish)))
-
-
-def run_import(source: Path, directory: Path, authority: CollateralAuthority, **options: Any) -> Imported:
-    return import_(source, directory, root=authority.trust_root, now=options.pop("now", NOW), **options)
 
 
 class TestOffline:
@@ -96,6 +89,52 @@ class TestOffline:
             assert await number() == 21
         path.unlink()
         assert await number() == 21
+
+    @pytest.mark.parametrize(
+        "older", [NEWEST.but(number=19), NEWEST.but(issued=NOW - 5 * DAY), NEWEST.but(crl_number=1)]
+    )
+    async def test_an_older_file_is_refused_after_a_restart_too(
+        self, directory: Path, tmp_path: Path, authority: CollateralAuthority, older: Wish
+    ) -> None:
+        path = bundle_path(directory, TDX_FAMILY)
+        directory.mkdir()
+
+        @contextmanager
+        def restarted(of: CollateralAuthority = authority) -> Iterator[OfflineCollateral]:
+            marks = Marks.open(tmp_path / "marks.sqlite")
+            try:
+                yield OfflineCollateral(directory, root=of.trust_root, clock=lambda: NOW, marks=marks)
+            finally:
+                marks.close()
+
+        path.write_bytes(bundle(authority, NEWEST).to_json())
+        with restarted() as source:
+            await get(source)
+        path.write_bytes(bundle(authority, older).to_json())
+        with restarted() as source:
+            with pytest.raises(CloisterError) as caught:
+                await get(source)
+            assert caught.value.code is Code.COLLATERAL_INVALID
+            assert "older" in caught.value.what
+            path.write_bytes(bundle(authority, NEWEST.but(number=21)).to_json())
+            await get(source)
+        path.write_bytes(bundle(authority, NEWEST).to_json())
+        with restarted() as source, pytest.raises(CloisterError):
+            await get(source)
+        # What is known of one root says nothing about another's documents.
+        other = CollateralAuthority()
+        path.write_bytes(bundle(other, older).to_json())
+        with restarted(other) as source:
+            await get(source)
+
+    async def test_without_marks_only_this_process_remembers(
+        self, directory: Path, authority: CollateralAuthority
+    ) -> None:
+        directory.mkdir()
+        path = bundle_path(directory, TDX_FAMILY)
+        for wish in (Wish(number=21), Wish(number=19)):
+            path.write_bytes(bundle(authority, wish).to_json())
+            await get(OfflineCollateral(directory, root=authority.trust_root, clock=lambda: NOW))
 
     async def test_a_clock_that_is_behind_what_was_signed_is_refused(
         self, directory: Path, authority: CollateralAuthority

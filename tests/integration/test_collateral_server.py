@@ -18,12 +18,10 @@ from cloister.collateral.family import Family
 from cloister.collateral.resources import DocumentKind
 from cloister.collateral.watch import CollateralWatch
 from cloister.errors import CloisterError, Code
-from cloister.tdx.collateral import Collateral
 from fakes.collateral_authority import NOW, TDX_FAMILY, CollateralAuthority
-from fakes.collateral_harness import LIMITS, Clocks, open_cache
+from fakes.collateral_harness import DAY, LIMITS, Clocks, get, open_cache, serving
 from fakes.fake_pccs import FakePccs, Reply, lies
 
-DAY = timedelta(days=1)
 SECOND = timedelta(seconds=1)
 END = NOW + 29 * DAY  # of what the authority signs by default
 TCB = DocumentKind.TCB_INFO
@@ -36,8 +34,7 @@ def authority() -> CollateralAuthority:
 
 @pytest.fixture
 async def pccs(authority: CollateralAuthority) -> AsyncIterator[FakePccs]:
-    async with FakePccs() as server:
-        server.serve(TDX_FAMILY, authority.collateral(TDX_FAMILY))
+    async with serving(authority) as server:
         yield server
 
 
@@ -52,10 +49,6 @@ async def cache(
 ) -> AsyncIterator[CollateralCache]:
     async with open_cache(pccs, tmp_path / "cache.db", authority.trust_root, clocks) as opened:
         yield opened
-
-
-async def get(cache: CollateralCache, family: Family = TDX_FAMILY) -> Collateral:
-    return await cache.get(family.fmspc, family.ca, family.tee)
 
 
 async def refused(cache: CollateralCache, code: Code, family: Family = TDX_FAMILY) -> CloisterError:

@@ -3,16 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import sys
-import tempfile
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from datetime import UTC, datetime
-from pathlib import Path
-
 import pytest
 
 from cloister.api.attest.v1 import attest_pb2, attest_pb2_grpc
@@ -20,109 +10,15 @@ from cloister.cli.policyfile import PolicyDraft
 from cloister.errors import CloisterError, Code
 from cloister.guest.enrol import Identity
 from cloister.guest.keys import KeyClient
-from cloister.guest.measure import digest_of_package
-from cloister.guest.owner import OwnerKeyClient, verify_service_evidence
+from cloister.guest.ownerkeys import OwnerKeyClient
 from cloister.identity import Role
-from cloister.runtime.channel import invoke, open_channel, open_enrolment_channel
-from cloister.runtime.credentials import StaticCredentials
-from cloister.runtime.endpoints import read_endpoints
-from cloister_keybroker.__main__ import init
-from cloister_keybroker.config import STORE_FILE
+from cloister.runtime.channel import invoke, open_channel
 from cloister_keybroker.rootkey import create_root_key
-from fakes.attest_harness import CONFIG, JOB, SCRIPT, TRUST_DOMAIN, AttestProcess, csr, measure, user_material
+from fakes.attest_harness import CONFIG, JOB, SCRIPT, TRUST_DOMAIN, AttestProcess, measure
+from fakes.keybroker_process import a_stack, the_user, the_verified_broker
+from fakes.signing import OWNER_KEY
 
 URI = "cloister-key://hospital-a/datasets/reviews"
-
-
-class BrokerProcess:
-    """`python -m cloister_keybroker` next to attest and a platform."""
-
-    def __init__(self, attest: AttestProcess) -> None:
-        self.attest = attest
-        self.directory = attest.directory
-        self.root_key = self.directory / "root.key"
-        self.store = self.directory / "keybroker" / STORE_FILE
-        self.endpoints_file = self.directory / "keybroker.endpoints.json"
-        self.config_file = self.directory / "keybroker.toml"
-        self.log_file = self.directory / "keybroker.log"
-        self.process: asyncio.subprocess.Process | None = None
-
-    @property
-    def endpoint(self) -> str:
-        return read_endpoints(self.endpoints_file)["grpc"]
-
-    def write_config(self, more: str = "") -> None:
-        self.config_file.write_text(
-            f'[service]\ntrust_domain = "{TRUST_DOMAIN}"\nstate_dir = "keybroker"\n'
-            f'endpoints_file = "{self.endpoints_file.name}"\n'
-            f'[guest]\nprovider = "simulated:{self.attest.socket}"\n'
-            f'attest_endpoint = "{self.attest.endpoints["enrolment"]}"\n'
-            f'trust_bundle = "{self.attest.bundle_file.name}"\n'
-            f'[keybroker]\nroot_key = "file:root.key"\n{more}'
-        )
-
-    async def start(self) -> None:
-        """Start, and wait until it is ready or has ended."""
-        with self.log_file.open("ab") as log:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "cloister_keybroker",
-                "--config",
-                str(self.config_file),
-                stdout=log,
-                stderr=log,
-                env=dict(os.environ),
-            )
-        deadline = time.monotonic() + 30
-        while not self.endpoints_file.exists():
-            if self.process.returncode is not None or time.monotonic() > deadline:
-                raise AssertionError(f"exit {self.process.returncode}\n{self.log_file.read_text()[-4000:]}")
-            await asyncio.sleep(0.02)
-
-    async def fails(self) -> tuple[int, str]:
-        """Start and expect it to end by itself; return exit code and log."""
-        self.log_file.unlink(missing_ok=True)
-        with pytest.raises(AssertionError, match="exit"):
-            await self.start()
-        assert self.process is not None
-        return self.process.returncode or 0, self.log_file.read_text()
-
-    async def stop(self, *, kill: bool = False) -> int:
-        if self.process is None:
-            return 0
-        if self.process.returncode is None:
-            if kill:
-                self.process.kill()
-            else:
-                self.process.terminate()
-        return await self.process.wait()
-
-
-@asynccontextmanager
-async def a_stack() -> AsyncIterator[tuple[AttestProcess, BrokerProcess]]:
-    with tempfile.TemporaryDirectory(prefix="clo-") as directory:
-        attest = AttestProcess(Path(directory))
-        broker = BrokerProcess(attest)
-        try:
-            await attest.start_platform()
-            attest.write_config(keybroker=digest_of_package("cloister_keybroker").hex())
-            await attest.start()
-            arguments = ["--root-key-file", str(broker.root_key), "--state-dir", str(broker.store.parent)]
-            assert await asyncio.to_thread(init, arguments) == 0
-            broker.write_config()
-            yield attest, broker
-        finally:
-            await broker.stop()
-            await attest.stop_all()
-
-
-async def the_owner(attest: AttestProcess) -> StaticCredentials:
-    async with open_enrolment_channel(attest.endpoints["enrolment"], bundle=attest.bundle) as channel:
-        request = attest_pb2.IssueUserCertificateRequest(csr_der=csr(attest.user_key))
-        method = attest_pb2_grpc.EnrolmentServiceStub(channel).IssueUserCertificate
-        response = await invoke(method, request, timeout_s=10, what="get a certificate")
-    return StaticCredentials(user_material(attest.user_key, response.certificate_chain_pem, attest.bundle))
 
 
 async def a_rank(attest: AttestProcess) -> Identity:
@@ -157,17 +53,10 @@ def a_policy(attest: AttestProcess, *, simulated: bool, version: int = 1, previo
 async def test_from_a_sealed_key_to_an_attested_rank_and_across_a_restart() -> None:
     async with a_stack() as (attest, broker):
         await broker.start()
-        credentials = await the_owner(attest)
-        await verify_service_evidence(
-            broker.endpoint,
-            role=Role.KEYBROKER,
-            credentials=credentials,
-            verifier=attest.verifier,
-            expected_scripts=[digest_of_package("cloister_keybroker")],
-            now=datetime.now(UTC),
-        )
-        owner = OwnerKeyClient(credentials, broker.endpoint)
-        await owner.create_key(URI, purposes=["train", "export"], policy_yaml=a_policy(attest, simulated=False))
+        credentials = await the_user(attest)
+        await the_verified_broker(broker, credentials)
+        owner = OwnerKeyClient(credentials, broker.endpoint, signing_key=OWNER_KEY)
+        await owner.create_key(URI, purposes=["train", "export"], policy=a_policy(attest, simulated=False))
         made = await owner.generate_data_key(URI)
         rank = await a_rank(attest)
         with pytest.raises(CloisterError, match=r"block tee\.simulated") as caught:
@@ -188,7 +77,7 @@ async def test_from_a_sealed_key_to_an_attested_rank_and_across_a_restart() -> N
         await broker.stop(kill=True)
         broker.endpoints_file.unlink()
         await broker.start()
-        owner = OwnerKeyClient(credentials, broker.endpoint)
+        owner = OwnerKeyClient(credentials, broker.endpoint, signing_key=OWNER_KEY)
         opened = await owner.open_data_key(URI, key_version=1, wrapped=new.wrapped)
         assert opened.secret == new.secret
         await owner.disable(URI)
@@ -246,7 +135,10 @@ async def test_a_broker_that_cannot_be_right_does_not_start(trouble: str) -> Non
             "no root key": (5, "CLO-1003"),
             "open root key": (2, "CLO-1001"),
             "other root key": (1, "CLO-1310"),
-            "unknown key in the file": (2, "allowed keys: backend, former_backends, operators, root_key"),
+            "unknown key in the file": (
+                2,
+                "allowed keys: backend, calls_at_once, calls_burst",
+            ),
             "no such back end": (2, "it does not begin with a scheme"),
             "no store": (5, "there is no database at"),
             "empty store": (1, "is empty"),

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import date, timedelta
+from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloister.appraisal.policy import STRICT, NamedSet, parse_td_policy
-from cloister.appraisal.references import parse_reference_set
+from cloister.appraisal.references import PAYLOAD_TYPE, ReferenceSet, open_reference_set, parse_reference_set
+from cloister.didkey import did_key
+from cloister.dsse import sign
 from cloister.errors import CloisterError, Code
 from cloister.tdx.tcbinfo import TcbStatus
 
@@ -137,3 +142,53 @@ def test_a_reference_set_is_closed(right: str, wrong: str) -> None:
     assert caught.value.code is Code.POLICY_INVALID
     with pytest.raises(CloisterError):
         parse_reference_set(SET[: SET.index("spec")].encode() + b"spec: {}\n")
+
+
+# Signed sets.
+
+KEY, OTHER_KEY, STRANGER = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2, 3))
+SIGNERS = (did_key(KEY), did_key(OTHER_KEY))
+
+
+def opened(*keys: Ed25519PrivateKey, text: str = SET, kind: str = PAYLOAD_TYPE, threshold: int = 1) -> ReferenceSet:
+    envelope = sign(kind, text.encode(), *keys).to_bytes()
+    return open_reference_set(envelope, name="firmware", signers=SIGNERS, threshold=threshold)
+
+
+def rejected(*args: Any, **options: Any) -> Code:
+    with pytest.raises(CloisterError) as caught:
+        opened(*args, **options)
+    assert caught.value.todo
+    return caught.value.code
+
+
+def test_a_set_is_whose_signers_are_named() -> None:
+    assert opened(KEY) == parse_reference_set(SET.encode())
+    assert opened(OTHER_KEY, STRANGER) == parse_reference_set(SET.encode())
+    assert opened(KEY, OTHER_KEY, threshold=2) == parse_reference_set(SET.encode())
+
+
+def test_a_set_by_another_signer_or_by_too_few_is_refused() -> None:
+    assert rejected(STRANGER) is Code.REFERENCES_REJECTED
+    assert rejected(KEY, threshold=2) is Code.REFERENCES_REJECTED
+    assert rejected(KEY, STRANGER, threshold=2) is Code.REFERENCES_REJECTED
+    assert rejected(KEY, threshold=0) is Code.REFERENCES_REJECTED
+
+
+def test_a_set_signed_as_something_else_or_under_another_name_is_refused() -> None:
+    assert rejected(KEY, kind="application/vnd.cloister.release-policy.v1+yaml") is Code.ENVELOPE_INVALID
+    assert rejected(KEY, text=SET.replace("name: firmware", "name: owners")) is Code.REFERENCES_REJECTED
+
+
+def test_an_empty_set_is_refused_whoever_signed_it() -> None:
+    empty = SET[: SET.index("spec")] + "spec: {}\n"
+    assert rejected(KEY, text=empty) is Code.POLICY_INVALID
+    assert rejected(KEY, text=SET.replace("mr_td: [", "mr_td: [], mr_owner: [")) is Code.POLICY_INVALID
+
+
+def test_a_set_that_was_edited_or_is_not_signed_is_refused() -> None:
+    edited = replace(sign(PAYLOAD_TYPE, SET.encode(), KEY), payload=SET.replace("0b", "0c").encode()).to_bytes()
+    for data, code in ((edited, Code.SIGNATURE_INVALID), (SET.encode(), Code.ENVELOPE_INVALID)):
+        with pytest.raises(CloisterError) as caught:
+            open_reference_set(data, name="firmware", signers=SIGNERS)
+        assert caught.value.code is code

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from cloister.errors import CloisterError, Code
 from cloister.secret import SecretBytes
 from cloister_keybroker.backends.factory import open_backends
 from cloister_keybroker.backends.uri import BackendUri, read_credential
-from cloister_keybroker.backends.workers import Workers
 from cloister_keybroker.rootkey import RootKey
 from fakes.custodian_in_memory import Moments
 
@@ -128,20 +126,11 @@ def test_a_credential_is_one_line_that_others_do_not_read(tmp_path: Path) -> Non
         read_credential(tmp_path)
 
 
-async def test_a_call_that_hangs_ends_at_the_deadline_and_others_do_not_pile_up_behind_it() -> None:
-    release = threading.Event()
-    with ThreadPoolExecutor(1) as threads:
-        workers = Workers("slow", threads, limit=2, deadline_s=0.05)
-        hanging = asyncio.ensure_future(workers.run(release.wait))
-        waiting = asyncio.ensure_future(workers.run(lambda: "never begun"))
-        await asyncio.sleep(0)
-        with pytest.raises(CloisterError) as busy:
-            await workers.run(lambda: "too many")
-        assert busy.value.code is Code.CUSTODIAN_BUSY
-        for late in (hanging, waiting):
-            with pytest.raises(CloisterError) as caught:
-                await late
-            assert caught.value.code is Code.CUSTODIAN_UNAVAILABLE
-        release.set()
-        recovered = Workers("slow", threads, limit=2, deadline_s=5)
-        assert await recovered.run(lambda: "here again") == "here again"
+def test_a_broker_with_its_own_store_loads_no_other_store_s_libraries() -> None:
+    program = (
+        "import sys\n"
+        "import cloister_keybroker.backends.factory\n"
+        "print([name for name in ('requests', 'hvac', 'pkcs11', 'aiohttp') if name in sys.modules])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -241,3 +242,34 @@ async def test_a_damaged_canary_is_said_to_be_damaged(room: Room) -> None:
     room.canary.write_bytes(room.canary.read_bytes()[:-1])
     error = await refused(Code.STORE_DAMAGED, room.backend.check())
     assert "canary" in error.what
+
+
+async def test_a_canary_that_cannot_be_finished_does_not_make_a_key_at_every_check(room: Room) -> None:
+    class Half(MemoryCustodian):
+        async def generate(self, locator: bytes, aad: bytes) -> object:  # type: ignore[override]
+            raise CloisterError(Code.CUSTODIAN_REFUSED, what="keys may be made and not used")
+
+    room.custodian = half = Half()
+    for _ in range(3):
+        await refused(Code.CUSTODIAN_REFUSED, room.reopened(room.root).check())
+    assert len(half.keys) == 1
+    room.custodian = MemoryCustodian(keys=half.keys)
+    await room.reopened(room.root).check()
+    assert len(half.keys) == 1
+
+
+async def test_a_custodian_that_asks_is_told_what_is_in_use_the_canary_among_it(room: Room) -> None:
+    class Remembering(MemoryCustodian):
+        told: list[bytes]
+
+        async def reconcile(self, in_use: Collection[bytes]) -> None:
+            self.told = sorted(in_use)
+
+    await room.backend.reconcile([])  # one that does not ask
+    room.custodian = remembering = Remembering()
+    backend = room.reopened(room.root)
+    handle = await backend.create(REF)
+    await backend.check()
+    await backend.reconcile([handle])
+    assert remembering.told == sorted(remembering.keys)
+    assert len(remembering.told) == 2

@@ -8,15 +8,18 @@
       mr_td: ["<96 hexadecimal digits>", ...]
       rtmr0: [...]
 
-A set is known by the digest of its contents (SHA-384 of the canonical form), which whoever uses it pins.
+Whoever uses a set names it and those who may sign it (did:key); the file is a DSSE envelope around this text, signed
+with Ed25519. Versions only go up. A set is known by the digest of its contents (SHA-384 of the canonical form).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from cloister.dsse import Envelope
+from cloister.errors import CloisterError, Code
 from cloister.identity import is_name
 from cloister.policyblocks import API_VERSION, BlockReader, digest_of, parse_hex, read_document
 
@@ -34,6 +37,7 @@ REGISTERS: Final = (
 )
 REGISTER_TEXT: Final = "96 hexadecimal digits in lower case"
 MAX_VERSION: Final = 2**31 - 1
+PAYLOAD_TYPE: Final = "application/vnd.cloister.reference-set.v1+yaml"
 _KIND: Final = "ReferenceSet"
 _MANUAL: Final = "docs/appraisal.md"
 
@@ -46,7 +50,7 @@ class ReferenceSet:
     version: int
     values: Mapping[str, tuple[bytes, ...]]
     digest: bytes  # 48 bytes
-    source: bytes  # the file
+    source: bytes  # the text
 
     def __str__(self) -> str:
         return f"{self.name} version {self.version}"
@@ -72,3 +76,29 @@ def parse_reference_set(data: bytes) -> ReferenceSet:
     if not values:
         spec.refuse(REGISTERS[0], "the set is empty", f"name at least one of: {', '.join(REGISTERS)}")
     return ReferenceSet(name, version, values, digest_of(document.root), data)
+
+
+def open_reference_set(data: bytes, *, name: str, signers: Collection[str], threshold: int = 1) -> ReferenceSet:
+    """Return the set of this name in a signed envelope, when at least `threshold` of `signers` (did:key) signed it.
+
+    Raises CloisterError: ENVELOPE_INVALID, SIGNATURE_INVALID, POLICY_INVALID, REFERENCES_REJECTED.
+    """
+    envelope = Envelope.parse(data)
+    signed = envelope.signers(PAYLOAD_TYPE)
+    counted = signed & frozenset(signers)
+    if not 0 < threshold <= len(counted):
+        raise CloisterError(
+            Code.REFERENCES_REJECTED,
+            what=f"the reference set is signed by {len(counted)} of those who may sign {name}, not by {threshold}",
+            why=f"it is signed by {', '.join(sorted(signed))}",
+            todo="have it signed by those whom the configuration names",
+        )
+    found = parse_reference_set(envelope.payload)
+    if found.name != name:
+        raise CloisterError(
+            Code.REFERENCES_REJECTED,
+            what=f"this is the reference set {found}, not {name}",
+            why="a signature under one name is none under another",
+            todo="configure the file of the set that is meant",
+        )
+    return found

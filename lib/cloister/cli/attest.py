@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -82,6 +83,9 @@ def bundle(
 def replay(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Made by `cloister attest bundle`.")],
     root: Annotated[Path | None, typer.Option(help="Root that it must be under (PEM).")] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="Keys of attest, one of which must have signed it: JWK set, or trust bundle.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make a verdict again from its file alone, offline, at the time of the verdict; exit 0 when it is the same."""
@@ -95,11 +99,13 @@ def replay(
             why=f"it is larger than {verdictbundle.MAX_BUNDLE_SIZE} bytes",
             todo="name a file that `cloister attest bundle` made",
         )
-    recorded = verdictbundle.VerdictBundle.parse(source.read_bytes())
+    data = source.read_bytes()
+    recorded = verdictbundle.VerdictBundle.parse(data)
     if root is not None:
         _require_root(recorded, existing_file(root, what="the root"))
+    signature = _signature(recorded, data, existing_file(keys, what="the keys") if keys else None)
     made = run_async(verdictbundle.replay(recorded))
-    _show_replay(Output(as_json=json), recorded, made)
+    _show_replay(Output(as_json=json), recorded, made, signature)
     if not made.same:
         if json:
             raise typer.Exit(EXIT_CODE[Code.VERDICT_INVALID.kind])  # the replay is the one document on stdout
@@ -124,7 +130,43 @@ def _require_root(recorded: VerdictBundle, path: Path) -> None:
         )
 
 
-def _show_replay(output: Output, recorded: VerdictBundle, made: Replayed) -> None:
+def _signature(recorded: VerdictBundle, data: bytes, keys: Path | None) -> str:
+    """Return what is to be said of a bundle's signature; with keys, raise CloisterError unless it verifies."""
+    from cloister.ear import TokenRejected
+    from cloister.guest.verdictsignature import signing_key_id, verify_signature
+
+    if keys is not None:
+        return f"verified: by the key {verify_signature(data, keys=_token_keys(keys))}"
+    if not recorded.signature:
+        return "UNSIGNED: anybody can have made this file"
+    try:
+        return f"not verified: name the keys of attest with --keys (it names the key {signing_key_id(recorded)})"
+    except TokenRejected as error:
+        raise CloisterError(
+            Code.VERDICT_INVALID,
+            what="the signature of the verdict bundle is none",
+            why=str(error),
+            todo="get the bundle again from attest",
+        ) from None
+
+
+def _token_keys(path: Path) -> Sequence[Mapping[str, str]]:
+    """Read attest's token keys from a JWK set (RFC 7517) or a trust bundle."""
+    import json
+
+    from cloister.runtime.bundle import TrustBundle
+
+    data = path.read_bytes()
+    try:
+        document = json.loads(data)
+        if isinstance(document, dict) and isinstance(keys := document.get("keys"), list):
+            return [key for key in keys if isinstance(key, dict)]
+    except ValueError:
+        pass
+    return TrustBundle.parse(data).token_keys
+
+
+def _show_replay(output: Output, recorded: VerdictBundle, made: Replayed, signature: str) -> None:
     import hashlib
 
     verdict = made.evidence.verdict if made.evidence else None
@@ -134,6 +176,7 @@ def _show_replay(output: Output, recorded: VerdictBundle, made: Replayed) -> Non
         "spiffe_id": recorded.spiffe_id,
         "time": recorded.time.isoformat(),
         "verifier": recorded.verifier,
+        "signature": signature,
         "root_sha256": hashlib.sha256(recorded.root.certificate_der).hexdigest(),
         "simulated": recorded.root.simulated,
         "tcb_status": str(verdict.status) if verdict else "",

@@ -16,6 +16,8 @@ from typer.exceptions import Abort, TyperException
 
 from cloister.cli import (
     attest,
+    audit,
+    broker,
     collateral,
     demo,
     dev,
@@ -51,6 +53,7 @@ def build_app() -> typer.Typer:
     app.add_typer(dev.app, name="dev")
     app.add_typer(identity.app, name="identity")
     app.add_typer(keys.app, name="key")
+    app.add_typer(broker.app, name="broker")
     app.add_typer(policy.app, name="policy")
     sealing.register(app)
     app.add_typer(sealed.app, name="sealed")
@@ -62,6 +65,7 @@ def build_app() -> typer.Typer:
     app.add_typer(quote.app, name="quote")
     app.add_typer(collateral.app, name="collateral")
     app.add_typer(attest.app, name="attest")
+    app.add_typer(audit.app, name="audit")
     doctor.register(app)
     demo.register(app)
     return app

@@ -16,7 +16,8 @@ from cloister.identity import Role
 
 if TYPE_CHECKING:
     from cloister.cli.session import Session
-    from cloister.guest.owner import OwnerKeyClient, VerifiedService
+    from cloister.guest.owner import VerifiedService
+    from cloister.guest.ownerkeys import OwnerKeyClient
 
 _TRUSTED: Final = ("attest", "keybroker")  # attest names the workloads, the keybroker holds the keys
 
@@ -55,11 +56,22 @@ async def verify_services(session: Session, services: Sequence[str] = _TRUSTED) 
 
 
 async def owner_keys(session: Session) -> OwnerKeyClient:
-    """Return a client for the owner's keys that speaks to the verified broker and to no other."""
-    from cloister.guest.owner import OwnerKeyClient
+    """Return a client for the owner's keys that speaks to the verified broker and to no other.
+
+    Its log must go on from what was seen of it before: a store that was put back may hold revoked policies.
+    """
+    from cloister.cli.auditlog import look_at_log
+    from cloister.cli.signer import signing_key
+    from cloister.guest.ownerkeys import OwnerKeyClient
 
     verified = (await verify_services(session))["keybroker"]
-    return OwnerKeyClient(session.credentials, session.stack.endpoint("keybroker"), verified=verified)
+    await look_at_log(session)
+    return OwnerKeyClient(
+        session.credentials,
+        session.stack.endpoint("keybroker"),
+        signing_key=signing_key(session.state),
+        verified=verified,
+    )
 
 
 def evidence_rows(verified: dict[str, VerifiedService]) -> Sequence[ServiceEvidence]:

@@ -20,6 +20,7 @@ from typing import Any, Final
 from cloister.atomicfile import file_error, write_atomically
 from cloister.collateral.documents import (
     Document,
+    Newest,
     from_collateral,
     require_not_older,
     require_not_revoked,
@@ -67,11 +68,11 @@ class VerifiedBundle:
         if now < self.valid_from:
             raise not_yet_valid(f"collateral for {self.family}", self.valid_from, now)
 
-    def require_not_older(self, known: VerifiedBundle) -> None:
+    def require_not_older(self, known: Mapping[DocumentKind, Document | Newest]) -> None:
         """Raise CloisterError(COLLATERAL_INVALID) when a part of this would set back what is known."""
         try:
-            for kind, document in self.documents.items():
-                require_not_older(document, known.documents[kind])
+            for kind, newest in known.items():
+                require_not_older(self.documents[kind], newest)
         except FetchFailed as failed:
             raise CloisterError(
                 Code.COLLATERAL_INVALID,
@@ -172,7 +173,7 @@ def save(bundle: CollateralBundle, directory: Path, *, root: TrustRoot, now: dat
     if path.exists() and not reset:
         known = _known(path, root)
         if known is not None and known.family == bundle.family:
-            verified.require_not_older(known)
+            verified.require_not_older(known.documents)
     write_atomically(path, bundle.to_json(), mode=0o644)
     return path
 

@@ -24,25 +24,24 @@ from cloister.collateral.decode import Answer, SignedText, decode, decode_crl
 from cloister.collateral.failures import Failure, FetchFailed, kind_text
 from cloister.collateral.family import PckCa, Tee
 from cloister.collateral.resources import DocumentKind, Resource
-from cloister.tdx import ecdsa
-from cloister.tdx.certificate import (
-    Certificate,
-    Window,
-    load_certificate,
-    require_end_entity,
-    require_issuer,
-    require_name,
-    split_pem,
-    verify_signature,
-)
-from cloister.tdx.collateral import TCB_SIGNING_NAME, Collateral
+from cloister.tdx.certificate import Certificate, Window
+from cloister.tdx.collateral import TCB_SIGNING_NAME, Collateral, load_issuer, require_signed
 from cloister.tdx.crl import RevocationList, verify_crl
 from cloister.tdx.quote import QuoteRejected
 from cloister.tdx.tcbinfo import QeIdentity, TcbInfo
 from cloister.tdx.trustroot import TrustRoot
 
 TCB_INFO_ID: Final = {Tee.TDX: "TDX", Tee.SGX: "SGX"}
+_ROWS: Final = {DocumentKind.TCB_INFO: "T1", DocumentKind.QE_IDENTITY: "Q1", DocumentKind.PCK_CRL: "R2"}
 QE_IDENTITY_ID: Final = {Tee.TDX: "TD_QE", Tee.SGX: "QE"}
+
+
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """What is remembered of a document: enough to know an older one."""
+
+    number: int
+    issued: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,8 @@ def verify_signed(resource: Resource, signed: SignedText, *, root: TrustRoot) ->
             number, window = crl.number or 0, crl.window
         else:
             crl = None
-            _require_signed(holder, signed, what)
+            row = "T2" if resource.kind is DocumentKind.TCB_INFO else "Q1"
+            require_signed(holder, signed.signature, signed.text, row, what)
             number, window = _read(resource, signed.text)
     except QuoteRejected as rejected:
         raise FetchFailed(
@@ -94,7 +94,7 @@ def verify_signed(resource: Resource, signed: SignedText, *, root: TrustRoot) ->
         ) from None
     windows = [window, root.certificate.window("P6")]
     if issuer is not None:
-        windows.append(issuer.window("T1"))
+        windows.append(issuer.window(_ROWS[resource.kind]))
     return Document(
         resource=resource,
         signed=signed,
@@ -132,7 +132,7 @@ def require_valid(document: Document, now: datetime) -> None:
         )
 
 
-def require_not_older(document: Document, known: Document) -> None:
+def require_not_older(document: Document, known: Document | Newest) -> None:
     """Raise FetchFailed(OLDER) when a document would set back what is known under its URL (step 7)."""
     what = kind_text(document.resource.kind)
     if document.number < known.number:
@@ -180,33 +180,10 @@ def from_collateral(collateral: Collateral) -> dict[DocumentKind, SignedText]:
 
 def _issuer(resource: Resource, pem: bytes, root: TrustRoot) -> Certificate:
     """Return who signed: the first of two certificates, of the right role, under the pinned root (step 2)."""
-    der, root_der = split_pem(pem, 2)
-    if root_der != root.certificate_der:
-        raise QuoteRejected("P2", "its chain ends in another root")
-    signs_crl = resource.kind is DocumentKind.PCK_CRL
-    certificate = load_certificate(der, "PCK CA" if signs_crl else "TCB signing")
-    verify_signature(certificate, root.certificate.key)
-    if certificate.issuer_der != root.certificate.subject_der:
-        raise QuoteRejected("P5", "its issuer is not certified by the root itself")
-    if signs_crl:
-        require_name(certificate, tuple(ca.common_name for ca in PckCa if resource.ca in (None, ca)))
-        require_issuer(certificate, depth=0)
-    else:
-        require_name(certificate, (TCB_SIGNING_NAME,))
-        require_end_entity(certificate)
-    return certificate
-
-
-def _require_signed(signer: Certificate, signed: SignedText, what: str) -> None:
-    try:
-        signature = bytes.fromhex(signed.signature.decode("ascii"))
-        if len(signature) != ecdsa.SIGNATURE_SIZE:
-            raise ValueError(f"not {ecdsa.SIGNATURE_SIZE} bytes")
-        signature_der = ecdsa.to_der(signature)
-    except ValueError as error:
-        raise QuoteRejected("T2", f"its signature is not one: {error}") from None
-    if not ecdsa.verifies(signer.key, signature_der, signed.text):
-        raise QuoteRejected("T2", f"the {what} is not signed by its issuer")
+    if resource.kind is DocumentKind.PCK_CRL:
+        names = tuple(ca.common_name for ca in PckCa if resource.ca in (None, ca))
+        return load_issuer(pem, root, "R2", names, "PCK CA")
+    return load_issuer(pem, root, _ROWS[resource.kind], (TCB_SIGNING_NAME,), "TCB signing")
 
 
 def _read(resource: Resource, text: bytes) -> tuple[int, Window]:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Final
 
 from cloister.collateral.bundle import CollateralBundle, VerifiedBundle, bundle_path, require_root
+from cloister.collateral.documents import Newest
 from cloister.collateral.failures import FETCH_HINT, expired
 from cloister.collateral.family import Edition, Family
 from cloister.collateral.watch import CollateralWatch
 from cloister.errors import CloisterError, Code
 from cloister.runtime.logging import get_logger
+from cloister.runtime.marks import Mark, Marks
 from cloister.tdx.collateral import Collateral
 from cloister.tdx.trustroot import TrustRoot
 
@@ -33,7 +35,8 @@ class _Loaded:
 class OfflineCollateral:
     """A `CollateralSource` that reads bundles, and reads them again when their files change.
 
-    A file that becomes damaged, older or is removed does not displace what was good; a restart forgets it, though.
+    A file that becomes damaged, older or is removed does not displace what was good. With `marks`, an older one is
+    refused after a restart, too.
     """
 
     def __init__(
@@ -44,12 +47,14 @@ class OfflineCollateral:
         edition: Edition = Edition.STANDARD,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         watch: CollateralWatch | None = None,
+        marks: Marks | None = None,
     ) -> None:
         require_root(directory, root)
         self._directory = directory
         self._root = root
         self._edition = edition
         self._clock = clock
+        self._marks = marks
         self.watch = watch or CollateralWatch()
         self._looked_at: datetime | None = None
         self._loaded: dict[Family, _Loaded] = {}
@@ -83,7 +88,8 @@ class OfflineCollateral:
         try:
             bundle = await asyncio.to_thread(self._verify, path, family)
             if known is not None:
-                bundle.require_not_older(known.bundle)
+                bundle.require_not_older(known.bundle.documents)
+            await self._remember(bundle)
         except CloisterError as error:
             if known is None:
                 raise
@@ -95,6 +101,28 @@ class OfflineCollateral:
             self.watch.kept(document, changed=False)
         self._looked_at = None
         return loaded
+
+    async def _remember(self, bundle: VerifiedBundle) -> None:
+        """Compare with the newest that was ever here, and note what is newer now."""
+        if self._marks is None:
+            return
+        # Under another root there may be other documents at the same address.
+        names = {
+            kind: f"collateral/{self._root.fingerprint.hex()}/{document.resource.url}"
+            for kind, document in bundle.documents.items()
+        }
+        found = await self._marks.of(names.values())
+        bundle.require_not_older(
+            {
+                kind: Newest(mark.number, datetime.fromisoformat(mark.detail))
+                for kind, name in names.items()
+                if (mark := found.get(name)) is not None
+            }
+        )
+        documents = bundle.documents.items()
+        marks = {names[kind]: Mark(document.number, document.issued.isoformat()) for kind, document in documents}
+        if marks != found:
+            await self._marks.put(marks)
 
     def _look(self, now: datetime) -> None:
         """Warn of what expires soon; looked for once a minute, not with every quote."""

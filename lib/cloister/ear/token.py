@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Issue and verify attestation results as signed tokens (JWS, ES256).
 
-`verify`, in this order: size and form -> header (exactly alg, kid, typ; ES256 only; no key or URL of the sender's)
--> kid in the given keys -> signature -> strict JSON -> shape -> issuer, audience -> iat, nbf, exp, lifetime.
+`verify`, in this order: form, header, key, signature, strict JSON (cloister.ear.jws) -> shape -> issuer, audience ->
+iat, nbf, exp, lifetime.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-import jwt
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from cloister.ear.jws import open_signed, read_header, sign_claims
 from cloister.ear.members import Members, TokenRejected, b64, digest_text, parse_object, unb64
 from cloister.ear.shape import read_claims
 from cloister.ear.values import ALGORITHM, MAX_LIFETIME, PROFILE, TYPE, Ear
@@ -42,8 +41,7 @@ def issue(ear: Ear, *, key: ec.EllipticCurvePrivateKey, key_id: str) -> str:
     issued, expires = int(ear.issued_at.timestamp()), int(ear.expires_at.timestamp())
     if not 0 < expires - issued <= MAX_LIFETIME.total_seconds():
         raise ValueError("an attestation result lives for 1 second to 5 minutes")
-    payload = json.dumps(_claims(ear, issued, expires), separators=(",", ":"), sort_keys=True).encode()
-    return jwt.PyJWS().encode(payload, key, algorithm=ALGORITHM, headers={"typ": TYPE, "kid": key_id})
+    return sign_claims(_claims(ear, issued, expires), kind=TYPE, key=key, key_id=key_id)
 
 
 def _claims(ear: Ear, issued: int, expires: int) -> dict[str, Any]:
@@ -113,9 +111,8 @@ def verify(
     `keys` are the token keys of the trust bundle (JWKs with `kid`). The caller still compares
     `certificate_sha256` with its peer's certificate, `hpke_key_digest` with the key it seals to, and `nonces`.
     """
-    header = _header(token)
-    payload = _signed_payload(token, _key_of(header["kid"], keys))
-    ear, not_before = read_claims(Members("payload", parse_object(payload, "payload")))
+    claims = open_signed(token, kind=TYPE, keys=keys, max_chars=MAX_TOKEN_CHARS)
+    ear, not_before = read_claims(Members("payload", claims))
     if ear.issuer != issuer:
         raise TokenRejected("iss", f"issued by {ear.issuer}, not by {issuer}")
     if ear.audience != audience:
@@ -137,51 +134,6 @@ def read_unverified(token: str) -> Ear:
 
     Raises TokenRejected for what is no token of this form.
     """
-    _header(token)
+    read_header(token, kind=TYPE, max_chars=MAX_TOKEN_CHARS)
     ear, _ = read_claims(Members("payload", parse_object(unb64(token.split(".")[1]), "payload")))
     return ear
-
-
-def _header(token: str) -> dict[str, str]:
-    if len(token) > MAX_TOKEN_CHARS:
-        raise TokenRejected("size", f"{len(token)} characters, more than {MAX_TOKEN_CHARS}")
-    parts = token.split(".")
-    if len(parts) != 3:
-        raise TokenRejected("form", "a signed token has three parts")
-    for part in parts:
-        # Only the canonical encoding: otherwise one token would have many digests.
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", part, re.ASCII) or b64(unb64(part)) != part:
-            raise TokenRejected("form", "not canonical base64url")
-    header = parse_object(unb64(parts[0]), "header")
-    # `jwk`, `jku`, `x5c`, `x5u` would let the sender name the key, `crit` and `b64` change what is signed.
-    if set(header) != {"alg", "kid", "typ"}:
-        raise TokenRejected("header", f"members {sorted(header)}, wanted exactly alg, kid, typ")
-    if header["alg"] != ALGORITHM:
-        raise TokenRejected("alg", f"{header['alg']!r}, only {ALGORITHM} is accepted")
-    if header["typ"] != TYPE:
-        raise TokenRejected("typ", f"{header['typ']!r}, not {TYPE}")
-    if not isinstance(header["kid"], str):
-        raise TokenRejected("kid", "not text")
-    return header
-
-
-def _key_of(kid: str, keys: Sequence[Mapping[str, str]]) -> ec.EllipticCurvePublicKey:
-    for jwk in keys:
-        if jwk.get("kid") != kid:
-            continue
-        if (jwk.get("kty"), jwk.get("crv")) != ("EC", "P-256"):
-            raise TokenRejected("kid", "the key of this id is not a P-256 key")
-        try:
-            x, y = (int.from_bytes(unb64(jwk[name]), "big") for name in ("x", "y"))
-            return ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1()).public_key()
-        except (KeyError, ValueError):
-            raise TokenRejected("kid", "the key of this id is malformed") from None
-    raise TokenRejected("kid", "signed by a key that is not in the trust bundle")
-
-
-def _signed_payload(token: str, key: ec.EllipticCurvePublicKey) -> bytes:
-    try:
-        payload = jwt.PyJWS().decode(token, key, algorithms=[ALGORITHM])
-    except jwt.PyJWTError:
-        raise TokenRejected("signature", "does not verify under the key of its kid") from None
-    return bytes(payload)

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -81,6 +82,15 @@ def digest_of_sources(name: str) -> bytes:
         for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
             fields += [path.relative_to(root).as_posix(), path.read_bytes()]
     return sha384(tlv("cloister-sources-v1", name, *fields))
+
+
+def attest_configuration(config_bytes: bytes, root_der: bytes, policy: bytes, references: Sequence[bytes]) -> bytes:
+    """Return what attest measures as its configuration.
+
+    Its file only names root, policy and reference sets (texts, by name); who may vouch for quotes, and what must hold
+    of them, is part of what an attest is.
+    """
+    return tlv("cloister-attest-config-v2", config_bytes, root_der, policy, *references)
 
 
 @functools.cache

@@ -50,7 +50,8 @@ class RecordedCheck(_Part):
 
     @classmethod
     def of(cls, check: Check) -> RecordedCheck:
-        return cls(name=check.name, ok=check.ok, wanted=check.wanted, got=check.got)
+        # A check is made of these types; to look at each of a hundred again would cost more than all else here.
+        return cls.model_construct(name=check.name, ok=check.ok, wanted=check.wanted, got=check.got)
 
     def check(self) -> Check:
         return Check(self.name, self.ok, self.wanted, self.got)
@@ -123,6 +124,7 @@ class VerdictBundle(_Part):
     after: RecordedChecks  # about the identity
     accepted: bool
     spiffe_id: str
+    signature: str = Field(default="", max_length=2048)  # attest's (cloister.guest.verdictsignature)
 
     @classmethod
     def parse(cls, data: bytes) -> VerdictBundle:

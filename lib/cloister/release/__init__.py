@@ -8,5 +8,6 @@ cases.py    what becomes of them
 explain.py  what a policy makes of a token, or would have made of a logged request
 difference.py  what changes from one policy to another, and whether it lets more pass
 blocks.py   one check with what it wanted and got; the verdict over all of them
+approvals.py  signatures of those whom a policy asks
 decide.py   request + attestation result + policy + key + counters + time -> blocks, and the denial in people's words
 """

@@ -57,13 +57,12 @@ def explain_token(
 ) -> Decision:
     """Decide as if the bearer of a token asked now; without a key, one that has whatever the policy wants.
 
-    The purpose is the first of the policy's that the bearer's role may have. A quote over a relying party's nonce
-    counts as one over the broker's: which nonce it was, the token cannot tell.
+    The purpose is the usual one. A quote over a relying party's nonce counts as one over the broker's: which nonce it
+    was, the token cannot tell.
     """
     subject = SpiffeId.parse(ear.spiffe_id)
     if purpose is None:
-        mine = ROLE_PURPOSES.get(subject.role, frozenset())
-        purpose = next((name for name in policy.purposes if name in mine), policy.purposes[0])
+        purpose = usual_purpose(policy, subject)
     left_out = _NOT_OF_A_TOKEN if key is not None else _NOT_OF_A_TOKEN | {"key.version", "key.state"}
     key = key or ExampleKey.of(policy, newest=policy.min_key_version)
     request = Request(
@@ -77,6 +76,12 @@ def explain_token(
     peer = Peer(subject, ear.certificate_sha256, "TLSv1.3", "")
     decision = decide(request, ear, peer, policy, key, Counters("", 0, approvers), ear.issued_at)
     return Decision(tuple(block for block in decision.blocks if block.name not in left_out), decision.lease)
+
+
+def usual_purpose(policy: ReleasePolicy, caller: SpiffeId) -> Purpose:
+    """Return the first purpose of a policy that a caller's role may have; else the policy's first."""
+    mine = ROLE_PURPOSES.get(caller.role, frozenset())
+    return next((purpose for purpose in policy.purposes if purpose in mine), policy.purposes[0])
 
 
 def replay(policy: ReleasePolicy, logged: LoggedRequest, ear: Ear | None) -> Decision:

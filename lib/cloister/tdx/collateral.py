@@ -180,21 +180,21 @@ def verify_collateral(collateral: Collateral, chain: PckChain) -> VerifiedCollat
     # 2. R1, R6: the root's list.
     root_crl = verify_crl(to_der(collateral.root_ca_crl, "root CRL"), issuer, check="R1", what="root CRL")
     # 3. R2, R3: the CA's list.
-    ca = _issuer_chain(collateral.pck_crl_issuer_chain, root, "R2", CA_NAMES, "PCK CA", chain.ca)
+    ca = load_issuer(collateral.pck_crl_issuer_chain, root, "R2", CA_NAMES, "PCK CA", chain.ca)
     root_crl.require_not_revoked(ca, "R3")
     pck_crl = verify_crl(to_der(collateral.pck_crl, "PCK CRL"), ca, check="R2", what="PCK CRL")
     # 4. T1, R5, T2: TCB info.
-    signer = _issuer_chain(collateral.tcb_info_issuer_chain, root, "T1", (TCB_SIGNING_NAME,), "TCB signing")
+    signer = load_issuer(collateral.tcb_info_issuer_chain, root, "T1", (TCB_SIGNING_NAME,), "TCB signing")
     root_crl.require_not_revoked(signer, "R5")
-    _require_signed(signer, collateral.tcb_info_signature, collateral.tcb_info, "T2", "TCB info")
+    require_signed(signer, collateral.tcb_info_signature, collateral.tcb_info, "T2", "TCB info")
     tcb_info = TcbInfo.parse(collateral.tcb_info)
     # 5. Q1, R5: the quoting enclave's identity. As a rule the chain is the same.
     if collateral.qe_identity_issuer_chain == collateral.tcb_info_issuer_chain:
         qe_signer = signer
     else:
-        qe_signer = _issuer_chain(collateral.qe_identity_issuer_chain, root, "Q1", (TCB_SIGNING_NAME,), "QE signing")
+        qe_signer = load_issuer(collateral.qe_identity_issuer_chain, root, "Q1", (TCB_SIGNING_NAME,), "QE signing")
         root_crl.require_not_revoked(qe_signer, "R5")
-    _require_signed(qe_signer, collateral.qe_identity_signature, collateral.qe_identity, "Q1", "QE identity")
+    require_signed(qe_signer, collateral.qe_identity_signature, collateral.qe_identity, "Q1", "QE identity")
     qe_identity = QeIdentity.parse(collateral.qe_identity)
     windows = (
         root_crl.window,
@@ -208,12 +208,13 @@ def verify_collateral(collateral: Collateral, chain: PckChain) -> VerifiedCollat
     return VerifiedCollateral(root, collateral.digest, tcb_info, qe_identity, root_crl, pck_crl, ca, signer, windows)
 
 
-def _issuer_chain(
+def load_issuer(
     pem: bytes, root: TrustRoot, check: str, names: tuple[str, ...], what: str, known: Certificate | None = None
 ) -> Certificate:
-    """Return the first of exactly two certificates: of this role, issued by the root itself.
+    """Return the first of exactly two certificates: of this role, issued by the root itself, revoked or not.
 
-    `known` is a certificate of that role that was verified under this root before.
+    Raises QuoteRejected(check) that names `what`. `names` are those that the role goes by: a CA of platforms, or a
+    signer, which is no CA. `known` is a certificate of that role that was verified under this root before.
     """
     try:
         der, root_der = split_pem(pem, 2)
@@ -226,7 +227,7 @@ def _issuer_chain(
         if certificate.issuer_der != root.certificate.subject_der:
             _reject(check, "the certificate names another issuer than the root")
         require_name(certificate, names)
-        if names == CA_NAMES:
+        if set(names) <= set(CA_NAMES):
             require_issuer(certificate, depth=0)
         else:
             require_end_entity(certificate)
@@ -235,7 +236,8 @@ def _issuer_chain(
     return certificate
 
 
-def _require_signed(signer: Certificate, signature: bytes, text: bytes, check: str, what: str) -> None:
+def require_signed(signer: Certificate, signature: bytes, text: bytes, check: str, what: str) -> None:
+    """Require that a signature (128 hexadecimal digits) is the signer's over this exact text."""
     try:
         raw = bytes.fromhex(signature.decode("ascii")) if signature.isalnum() else b""
     except ValueError:

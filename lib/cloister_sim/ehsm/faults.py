@@ -29,9 +29,10 @@ class Fault:
 
 @dataclass(slots=True)
 class Faults:
-    """Faults that wait for their request; and how many requests of each action came, whatever became of them."""
+    """Faults that wait for their request; and the requests that came, whatever became of them."""
 
-    requests: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)  # their actions
+    connections: list[object] = field(default_factory=list)  # where each came from
     _waiting: list[Fault] = field(default_factory=list)
 
     def add(self, fault: Fault) -> Fault:
@@ -44,9 +45,10 @@ class Faults:
     def count(self, action: str) -> int:
         return self.requests.count(action)
 
-    def take(self, action: str) -> Fault | None:
+    def take(self, action: str, connection: object) -> Fault | None:
         """Record a request and return the oldest fault that is for it, one use less."""
         self.requests.append(action)
+        self.connections.append(connection)
         for fault in self._waiting:
             if fault.action in (None, action):
                 fault.times -= 1

@@ -91,7 +91,8 @@ class EhsmServer:
         if request.path not in ("/ehsm", "/ehsm/") or request.method not in ("GET", "POST"):
             return _page(404, f"Cannot {request.method} {request.path}")
         action = request.query.get("Action", "")
-        fault = self.faults.take(action)
+        peer = request.transport.get_extra_info("peername") if request.transport is not None else None
+        fault = self.faults.take(action, peer)
         if fault is not None and (response := await _before(fault, request)) is not None:
             return response
         try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +15,7 @@ from typing import TypeVar
 import prometheus_client
 
 from cloister.appraisal.policy import STRICT, TdPolicy, parse_td_policy
-from cloister.appraisal.references import ReferenceSet, parse_reference_set
+from cloister.appraisal.references import ReferenceSet
 from cloister.atomicfile import write_atomically
 from cloister.collateral.source import CollateralSource
 from cloister.errors import CloisterError, Code
@@ -22,7 +23,7 @@ from cloister.guest.enrol import Identity, utc_now
 from cloister.guest.evidence import EvidenceVerifier
 from cloister.guest.evidence_service import mounted_evidence
 from cloister.guest.guest import Guest
-from cloister.guest.measure import read_measured
+from cloister.guest.measure import attest_configuration, read_measured
 from cloister.guest.service import measure_service
 from cloister.identity import Role, SpiffeId
 from cloister.runtime.config import load_measured_config
@@ -32,12 +33,12 @@ from cloister.runtime.endpoints import write_endpoints
 from cloister.runtime.health import HealthState
 from cloister.runtime.logging import configure, get_logger
 from cloister.runtime.main import run_service
+from cloister.runtime.marks import Marks
 from cloister.runtime.metrics import MetricsServer, RpcMetrics
 from cloister.runtime.probes import ProbeServer
 from cloister.runtime.server import GrpcServer
 from cloister.tdx.intelroot import intel_root
 from cloister.tdx.trustroot import TrustRoot
-from cloister.tlv import tlv
 from cloister_attest.appraise import AppraisalPolicy
 from cloister_attest.authority import Authority
 from cloister_attest.collateral import open_collateral
@@ -47,6 +48,7 @@ from cloister_attest.enrolment import Enrolment, Terms
 from cloister_attest.identities import IdentityServicer, identity_services
 from cloister_attest.jwks import JwksServer
 from cloister_attest.ratelimit import RateLimit
+from cloister_attest.references import load_references
 from cloister_attest.registry import MIGRATIONS, Registry
 from cloister_attest.results import td_policy_digest
 from cloister_attest.service import CALLERS, ENROLMENT_CALLERS, ENROLMENT_LIMITS, enrolment_services, services
@@ -83,19 +85,17 @@ async def _open(
     simulated.set(int(root.simulated))
     if root.simulated:
         get_logger().warning("quotes of simulated TDs are accepted", root_sha256=root.fingerprint.hex())
-    async with open_collateral(
-        config.collateral, root=root, base=base, state_dir=config.service.state_dir, registry=metrics.registry
-    ) as source:
-        verifier = _verifier(config, root, source)
-        # The file only names root, policy and reference sets; who may vouch for quotes, and what must hold of them, is
-        # part of what this attest is.
-        measured = tlv(
-            "cloister-attest-config-v2",
-            config_bytes,
-            root.certificate_der,
-            verifier.policy.source,
-            *(found.source for _, found in sorted(verifier.references.items())),
+    state_dir = config.service.state_dir
+    async with AsyncExitStack() as stack:
+        marks = Marks.open(state_dir / "marks.sqlite")
+        stack.callback(marks.close)
+        references = await load_references(config.references, marks)
+        collateral = open_collateral(
+            config.collateral, root=root, base=base, state_dir=state_dir, registry=metrics.registry, marks=marks
         )
+        verifier = _verifier(config, root, await stack.enter_async_context(collateral), references)
+        sets = [found.source for _, found in sorted(verifier.references.items())]
+        measured = attest_configuration(config_bytes, root.certificate_der, verifier.policy.source, sets)
         await _serve(config, measured, verifier, metrics, guest, database, stop)
 
 
@@ -222,32 +222,13 @@ def _root(config: AttestConfig) -> TrustRoot:
     return root
 
 
-def _verifier(config: AttestConfig, root: TrustRoot, source: CollateralSource) -> EvidenceVerifier:
+def _verifier(
+    config: AttestConfig, root: TrustRoot, source: CollateralSource, references: Sequence[ReferenceSet]
+) -> EvidenceVerifier:
     path = config.appraisal.policy
     policy: TdPolicy = STRICT if path is None else _parsed(path, parse_td_policy)
     workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="verification")
-    return EvidenceVerifier(root, source, policy=policy, references=_references(config), workers=workers)
-
-
-def _references(config: AttestConfig) -> list[ReferenceSet]:
-    found: dict[str, ReferenceSet] = {}
-    for entry in config.references:
-        references = _parsed(entry.path, parse_reference_set)
-        if f"sha384:{references.digest.hex()}" != entry.digest:
-            raise CloisterError(
-                Code.CONFIG_INVALID,
-                what=f"the reference set {entry.path} is not the one that is pinned",
-                why=f"it is {references}, sha384:{references.digest.hex()}",
-                todo="review it, and pin this digest in [[references]] if it is right",
-            )
-        if found.setdefault(references.name, references) is not references:
-            raise CloisterError(
-                Code.CONFIG_INVALID,
-                what=f"two reference sets are called {references.name}",
-                why="a policy names a set by its name alone",
-                todo="configure one of them",
-            )
-    return list(found.values())
+    return EvidenceVerifier(root, source, policy=policy, references=references, workers=workers)
 
 
 def _parsed(path: Path, parse: Callable[[bytes], _T]) -> _T:

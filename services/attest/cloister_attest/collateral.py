@@ -16,6 +16,7 @@ from cloister.collateral.offline import OfflineCollateral
 from cloister.collateral.resources import INTEL_ROOT_CRL, CollateralServer
 from cloister.collateral.source import CollateralSource
 from cloister.collateral.watch import CollateralWatch
+from cloister.runtime.marks import Marks
 from cloister.tdx.trustroot import TrustRoot
 from cloister_attest.config import CollateralSection
 
@@ -28,12 +29,16 @@ async def open_collateral(
     base: Path,
     state_dir: Path,
     registry: prometheus_client.CollectorRegistry,
+    marks: Marks,
 ) -> AsyncIterator[CollateralSource]:
-    """Give the source, kept fresh while it is in use; `base` is what its directory is relative to."""
+    """Give the source, kept fresh while it is in use; `base` is what its directory is relative to.
+
+    `marks` remember what is newest of a directory of bundles; the file of a cache does so itself.
+    """
     kind, _, place = section.source.partition(":")
     watch = CollateralWatch(registry)
     if kind == "offline":
-        yield OfflineCollateral((base / place).resolve(), root=root, edition=section.update, watch=watch)
+        yield OfflineCollateral((base / place).resolve(), root=root, edition=section.update, watch=watch, marks=marks)
         return
     server = (
         CollateralServer(place.rstrip("/"), INTEL_ROOT_CRL, section.ca_file)

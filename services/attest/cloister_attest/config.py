@@ -4,17 +4,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from cloister.collateral.family import Edition
+from cloister.didkey import is_did_key
 from cloister.errors import CloisterError
 from cloister.identity import Role, SpiffeId
 from cloister.runtime.config import ConfigModel, ServiceSection
 
 Digest384 = Annotated[str, Field(pattern=r"^sha384:[0-9a-f]{96}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Digest256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _did_key(text: str) -> str:
+    if is_did_key(text):
+        return text
+    raise ValueError("wanted did:key:z6Mk..., the name of an Ed25519 key")
+
+
+DidKey = Annotated[str, AfterValidator(_did_key)]
 
 
 def _service_role(role: Role) -> Role:
@@ -87,10 +98,24 @@ class AppraisalSection(ConfigModel):
 
 
 class ReferenceEntry(ConfigModel):
-    """[[references]]: a reference set that the policy may name, pinned by its digest."""
+    """[[references]]: a reference set that the policy may name: a signed file, and who may sign it (did:key)."""
 
+    name: Name
     path: Path
-    digest: Digest384
+    signers: tuple[DidKey, ...] = Field(min_length=1, max_length=32)
+    threshold: int = Field(default=1, ge=1, le=32)  # so many of them
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> Self:
+        if self.threshold > len(set(self.signers)):
+            raise ValueError(f"{self.threshold} signers are wanted and {len(set(self.signers))} are named")
+        return self
+
+
+def _names_once(entries: tuple[ReferenceEntry, ...]) -> tuple[ReferenceEntry, ...]:
+    if len({entry.name for entry in entries}) != len(entries):
+        raise ValueError("two sets have one name, and a policy names a set by its name alone")
+    return entries
 
 
 class TrustRootEntry(ConfigModel):
@@ -126,6 +151,6 @@ class AttestConfig(ConfigModel):
     trust_roots: tuple[TrustRootEntry, ...] = Field(default=(), max_length=1)
     collateral: CollateralSection
     appraisal: AppraisalSection = AppraisalSection()
-    references: tuple[ReferenceEntry, ...] = ()
+    references: Annotated[tuple[ReferenceEntry, ...], AfterValidator(_names_once)] = ()
     services: tuple[ServiceEntry, ...]
     users: tuple[UserEntry, ...] = ()

@@ -33,6 +33,7 @@ from cloister.guest.evidence import (
     VerifiedEvidence,
 )
 from cloister.guest.verdictbundle import VERIFIER_ID, collateral_digest
+from cloister.guest.verdictsignature import VerdictSigner
 from cloister.identity import Role, SpiffeId
 from cloister.protocol import NONCE_SIZE, combined_nonce
 from cloister.runtime.logging import get_logger
@@ -288,7 +289,8 @@ class Enrolment:
         grounds: Grounds | None = None
         if course is not None and evidence is not None:
             args = (evidence, self._verifier, checklist.checks)
-            grounds = await asyncio.to_thread(course.grounds, *args, now=now, who=who)
+            signer = self._verdict_signer()
+            grounds = await asyncio.to_thread(course.grounds, *args, now=now, who=who, signer=signer)
         verdict = Verdict(
             time=now,
             role=role,
@@ -302,6 +304,10 @@ class Enrolment:
             event_log_digest=sha384(evidence.event_log) if evidence else b"",
         )
         await self._verdicts.add(verdict, grounds)
+
+    def _verdict_signer(self) -> VerdictSigner:
+        authority = self._authority
+        return VerdictSigner(authority.token_key, authority.token_key_id, str(self._self_id))
 
     def _log_refusal(self, role: str, refusal: EvidenceRefused) -> None:
         failed = refusal.failed

@@ -24,6 +24,7 @@ from cloister.guest.verdictbundle import (
     VerdictBundle,
     collateral_json,
 )
+from cloister.guest.verdictsignature import VerdictSigner
 from cloister.identity import SpiffeId
 from cloister.tdx.check import Check
 from cloister.tdx.collateral import Collateral
@@ -100,8 +101,12 @@ class Course:
         *,
         now: datetime,
         who: SpiffeId | None,
+        signer: VerdictSigner,
     ) -> Grounds | None:
-        """Return what to keep of it: nothing of what is not even of a platform under the root, or refused and large."""
+        """Return what to keep of it, signed.
+
+        That is nothing for what is not even of a platform under the root, or what is refused and large.
+        """
         size = len(evidence.quote) + len(evidence.event_log)
         if self.trail.platform is None or (who is None and size > _MAX_REFUSED):
             return None
@@ -125,7 +130,8 @@ class Course:
         )
         policy = verifier.policy.source.decode()
         references = tuple(found.source.decode() for _, found in sorted(verifier.references.items()))
-        return Grounds(bundle, _json(self.trail.collateral), policy, references)
+        signed = signer.sign(bundle, collateral=self.trail.collateral, policy=policy, references=references)
+        return Grounds(signed, _json(self.trail.collateral), policy, references)
 
 
 def _json(collateral: Collateral | None) -> bytes:

@@ -25,7 +25,7 @@ from cloister.transparency.entry import Entry
 from cloister_keybroker.answers import argument_error
 from cloister_keybroker.backup import backup
 from cloister_keybroker.gate import BROKER_SERVICE
-from cloister_keybroker.moving import migrate
+from cloister_keybroker.moving import Mover
 from cloister_keybroker.operators import Operator, current_operator
 from cloister_keybroker.sealrecord import Source
 from cloister_keybroker.unsealing import NewRoot, new_root_from_passphrase, new_root_from_shares
@@ -119,7 +119,8 @@ class BrokerServicer(rpc.BrokerServiceServicer):
         limit = request.limit or _MIGRATED
         if limit > _MAX_MIGRATED:
             raise argument_error("limit", f"{limit}", f"at most {_MAX_MIGRATED}")
-        done = await migrate(opened.store, opened.backends, limit=limit)
+        mover = Mover(opened.store, opened.backends, caller=str(operator.spiffe_id), clock=_now)
+        done = await mover.migrate(limit=limit)
         if done.moved:
             await self._log(operator.entry("migrate", [Block("moved", True, opened.backends.name, str(done.moved))]))
         elif done.problem is not None:
@@ -138,12 +139,16 @@ class BrokerServicer(rpc.BrokerServiceServicer):
         except CloisterError as error:
             problem = str(error)
         counts = await opened.store.read(lambda transaction: transaction.versions_by_backend())
+        left = await opened.store.read(lambda transaction: transaction.retired.by_backend())
         return pb.GetBackendStatusResponse(
             name=opened.backends.name,
             healthy=not problem,
             problem=problem,
             capabilities=sorted(opened.backends.capabilities),
-            versions=[f"{name}: {count}" for name, count in sorted(counts.items())],
+            versions=[
+                *(f"{name}: {count}" for name, count in sorted(counts.items())),
+                *(f"old places at {name}: {count}" for name, count in sorted(left.items())),
+            ],
         )
 
     async def _log(self, entry: Entry) -> None:
@@ -214,6 +219,10 @@ def mounted_operations(vault: Vault, *, identity: Identity, operators: Collectio
     """Return BrokerService, ready for GrpcServer with CALLERS."""
     servicer = BrokerServicer(vault, identity, operators)
     return Mounted(BROKER_SERVICE, rpc.add_BrokerServiceServicer_to_server, servicer)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def _now_ms() -> int:

@@ -24,6 +24,7 @@ import apsw
 
 from cloister.merkle import Frontier, MerkleError, leaf_hash, stored_position
 from cloister.tlv import sha384, tlv
+from cloister.transparency.checkpoint import MAX_SIZE
 from cloister.transparency.entry import SALT_SIZE, Entry, EntryInvalid, LoggedEntry
 from cloister_keybroker import logcheck
 from cloister_keybroker.rootkey import RootKey
@@ -147,37 +148,41 @@ class DecisionLog:
         logcheck.rekey(self._connection, self._root_key, root_key)
         self._connection.execute("UPDATE log_head SET mac = ? WHERE only = 1", (after._mac(head),))
 
-    def released_to_job(self, *, key_uri: str, job: str, policy_digest: bytes) -> int:
-        """Count the grants of a key to a job under one policy: the log itself is the counter."""
+    def released_to_job(self, *, key_uri: str, job: str, policy_digest: bytes, before: int = MAX_SIZE) -> int:
+        """Count the grants of a key to a job under one policy, up to an index: the log itself is the counter."""
         row = self._connection.execute(
             "SELECT count(*) FROM decisions INDEXED BY grants_by_job WHERE granted = 1 AND job <> ''"
-            " AND key_uri = ? AND job = ? AND policy_digest = ?",
-            (key_uri, job, policy_digest),
+            " AND key_uri = ? AND job = ? AND policy_digest = ? AND idx < ?",
+            (key_uri, job, policy_digest, before),
         ).fetchone()
         return int(row[0]) if row else 0
 
     def newest(self, tenant: str, *, key_uri: str = "", limit: int) -> Iterator[LoggedEntry]:
         """Yield a tenant's entries, newest first; of one key unless key_uri is empty."""
-        return self._entries("ORDER BY idx DESC", tenant, key_uri, 0, limit)
+        return self.preceding(tenant, key_uri=key_uri, before=MAX_SIZE, limit=limit)
+
+    def preceding(self, tenant: str, *, key_uri: str = "", before: int, limit: int) -> Iterator[LoggedEntry]:
+        """Yield a tenant's entries before an index, newest first; of one key unless key_uri is empty."""
+        return self._entries("idx < ? ORDER BY idx DESC", tenant, key_uri, before, limit)
 
     def following(self, tenant: str, *, key_uri: str = "", first: int, limit: int) -> Iterator[LoggedEntry]:
         """Yield a tenant's entries from an index on, oldest first; of one key unless key_uri is empty."""
-        return self._entries("ORDER BY idx", tenant, key_uri, first, limit)
+        return self._entries("idx >= ? ORDER BY idx", tenant, key_uri, first, limit)
 
-    def _entries(self, order: str, tenant: str, key_uri: str, first: int, limit: int) -> Iterator[LoggedEntry]:
+    def _entries(self, which: str, tenant: str, key_uri: str, index: int, limit: int) -> Iterator[LoggedEntry]:
         rows = self._connection.execute(
             "SELECT idx, entry FROM decisions JOIN entries USING (idx) WHERE tenant = ?"  # noqa: S608 - constants
-            f" {'AND key_uri = ?' if key_uri else ''} AND idx >= ? {order} LIMIT ?",
-            (tenant, *((key_uri,) if key_uri else ()), first, limit),
+            f" {'AND key_uri = ?' if key_uri else ''} AND {which} LIMIT ?",
+            (tenant, *((key_uri,) if key_uri else ()), index, limit),
         )
-        for index, data in rows:
+        for place, data in rows:
             try:
                 logged = LoggedEntry.parse(data)
             except EntryInvalid:
-                raise logcheck.damaged(f"entry {index} is malformed") from None
+                raise logcheck.damaged(f"entry {place} is malformed") from None
             # The columns are only an index: what they say must not show a tenant what is another's.
-            if (logged.index, logged.entry.tenant) != (index, tenant):
-                raise logcheck.damaged(f"entry {index} was moved or relabelled")
+            if (logged.index, logged.entry.tenant) != (place, tenant):
+                raise logcheck.damaged(f"entry {place} was moved or relabelled")
             yield logged
 
     def evidence(self, digest: bytes) -> str | None:

@@ -77,6 +77,8 @@ def replace(
             after.put_version(key.uri, replaced(version, handle=becomes))
     for uri, number, policy in before.all_policies():
         after.put_policy(uri, number, policy)
+    for place in before.retired.all():
+        after.retired.add(place)
     log.DecisionLog(connection, old).rekey(new)
     logkey.rekey(connection, old, new)
     mark.write(connection, new, record)

@@ -25,12 +25,13 @@ from cloister.errors import CloisterError, Code
 from cloister.identity import SpiffeId
 from cloister.runtime.database import Database
 from cloister.transparency.start import Start
-from cloister_keybroker import log, logkey, mark
+from cloister_keybroker import approvals, log, logkey, mark, retired
 from cloister_keybroker.datasets import Registry
 from cloister_keybroker.logkey import LogKey
 from cloister_keybroker.rootkey import RootKey
 from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.transaction import Transaction, store_damaged
+from cloister_keybroker.turns import Turns
 
 _T = TypeVar("_T")
 
@@ -80,13 +81,15 @@ CREATE TABLE publications (
   dataset_id TEXT NOT NULL,
   version INTEGER NOT NULL,
   manifest_digest BLOB NOT NULL,
-  wrapped_digest BLOB NOT NULL,
+  data_key_digest BLOB NOT NULL,
   PRIMARY KEY (uri, number)
 ) STRICT, WITHOUT ROWID;
 """
     + mark.SCHEMA
+    + approvals.SCHEMA
     + log.SCHEMA
-    + logkey.SCHEMA,
+    + logkey.SCHEMA
+    + retired.SCHEMA,
 )
 
 
@@ -99,6 +102,7 @@ class KeyStore:
         self._retired = False
         self._registries: OrderedDict[bytes, Registry] = OrderedDict()  # used on the database's thread only
         self._next_write: asyncio.Event | None = None
+        self.turns = Turns()
 
     @classmethod
     async def create(cls, path: Path, root_key: RootKey, record: SealRecord) -> KeyStore:
@@ -218,6 +222,7 @@ class KeyStore:
         for record in records:
             transaction.versions(record)
             transaction.registry(record)
+        transaction.retired.all()
 
 
 def _begin(connection: apsw.Connection, root_key: RootKey, record: SealRecord) -> None:

@@ -20,10 +20,12 @@ from cloister.keyuri import KeyUri
 from cloister.release.keys import KeyState, Purpose
 from cloister.tlv import sha384, tlv
 from cloister.transparency.entry import Entry, LoggedEntry
+from cloister_keybroker.approvals import ApprovalBook
 from cloister_keybroker.datasets import Publication, Registry
 from cloister_keybroker.keys import KeyRecord, KeyVersion
 from cloister_keybroker.log import DecisionLog, LogPlace
 from cloister_keybroker.logproofs import LogProofs
+from cloister_keybroker.retired import RetiredHandles
 from cloister_keybroker.rootkey import RootKey
 
 _COLUMNS: Final = tuple(field.name for field in fields(KeyRecord))  # the table has a column for every field
@@ -49,7 +51,7 @@ class ListedKey:
     """A key and its newest version."""
 
     record: KeyRecord
-    version: KeyVersion | None  # None: its material is destroyed
+    backend: str  # of its newest version; empty when its material is destroyed
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,11 @@ class StoredKey:
     def policy_yaml(self) -> bytes:
         """The policy in force; empty when there is none, or it is withdrawn."""
         return b"" if self.policy is None or self.record.policy_withdrawn else self.policy.yaml
+
+    @property
+    def backend(self) -> str:
+        """The back end of the version that was asked for; empty when it is not there."""
+        return self.version.backend if self.version else ""
 
     def material(self) -> KeyVersion:
         """Return the version that was asked for; raise KEY_DISABLED or WRAPPED_KEY_INVALID when it is not there."""
@@ -95,6 +102,8 @@ class Transaction:
         self._registries = registries
         self.log = DecisionLog(connection, root_key)
         self.proofs = LogProofs(connection, self.log)
+        self.retired = RetiredHandles(connection, root_key)
+        self.approvals = ApprovalBook(connection)
 
     def key(self, uri: KeyUri, *, version: int = 0) -> StoredKey | None:
         """Return a key with one version of it (0: the newest), or None when there is no such key.
@@ -113,7 +122,8 @@ class Transaction:
             f"{_SELECT} WHERE tenant = ? AND uri > ? ORDER BY uri LIMIT ?", (tenant, after, limit)
         )
         records = [self._record(row) for row in rows]
-        return [ListedKey(record, self._version(record, record.newest)) for record in records]
+        newest = [(record, self._version(record, record.newest)) for record in records]
+        return [ListedKey(record, version.backend if version else "") for record, version in newest]
 
     def count_keys(self, tenant: str) -> int:
         """Count a tenant's keys, destroyed ones among them."""
@@ -190,7 +200,7 @@ class Transaction:
                 publication.dataset_id,
                 publication.version,
                 publication.manifest_digest,
-                publication.wrapped_digest,
+                publication.data_key_digest,
             ),
         )
 
@@ -201,7 +211,7 @@ class Transaction:
             self._registries.move_to_end(record.published)
             return found
         rows = self._connection.execute(
-            "SELECT dataset_id, version, manifest_digest, wrapped_digest FROM publications WHERE uri = ?"
+            "SELECT dataset_id, version, manifest_digest, data_key_digest FROM publications WHERE uri = ?"
             " ORDER BY number",
             (str(record.uri),),
         )

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -33,9 +34,11 @@ from cloister_keybroker.backends.factory import Backends
 from cloister_keybroker.config import RootKeyPlace
 from cloister_keybroker.gate import Gate
 from cloister_keybroker.operators import Operator
+from cloister_keybroker.restore import judged, settled
 from cloister_keybroker.rootkey import RootKey, adopt_root_key, read_root_key, stage_root_key, staged_root_key
 from cloister_keybroker.sealrecord import SealRecord, Source
 from cloister_keybroker.store import KeyStore
+from cloister_keybroker.transaction import Transaction
 from cloister_keybroker.unsealing import NewRoot, Unsealing
 
 OnChange: TypeAlias = Callable[[bool], Awaitable[None]]
@@ -211,8 +214,7 @@ class Vault:
         async with self._lock:
             if self._opened is None:
                 return
-            entry = operator.entry("seal")
-            await self._opened.store.write(lambda transaction: transaction.append(entry, time_ms=_now_ms()))
+            await self._opened.store.write(partial(_append, operator.entry("seal")))
             await self._shut_gate("an operator sealed it")
             await self._forget()
             self._next = None
@@ -279,9 +281,11 @@ class Vault:
         if self._database is None:
             raise RuntimeError("there is no store")
         store = await KeyStore.unsealed(self._database, root_key)
+        restored = await judged(self.path, root_key)
         backends = await self._backends.enter_async_context(self._open_backends(root_key))
-        if entry is not None:
-            await store.write(lambda transaction: transaction.append(entry, time_ms=_now_ms()))
+        for first in filter(None, (restored, entry)):
+            await store.write(partial(_append, first))
+        settled(self.path)
         self._opened = Opened(store, root_key, self._database, backends)
 
     async def _forget(self) -> None:
@@ -339,6 +343,10 @@ class Vault:
 
     def _renew_nonce(self) -> None:
         self._nonce = secrets.token_bytes(NONCE_SIZE)
+
+
+def _append(entry: Entry, transaction: Transaction) -> None:
+    transaction.append(entry, time_ms=_now_ms())
 
 
 def _handed_in(unsealing: Unsealing) -> tuple[Block, ...]:

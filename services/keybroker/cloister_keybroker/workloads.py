@@ -8,7 +8,7 @@ durable transaction -> sign the receipt -> answer. What is denied is appended th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -38,6 +38,7 @@ from cloister_keybroker.answers import (
     key_not_found,
 )
 from cloister_keybroker.backends import FreshDataKey, KeyBackend, KeyRef
+from cloister_keybroker.datasets import Registry, version_block
 from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.log import LogPlace
 from cloister_keybroker.nonces import NonceBook
@@ -144,21 +145,21 @@ class ReleaseDesk:
         if stored is None:
             await self._log_absent(workload, "begin", uri, purpose)
             raise key_not_found(str(uri))
-        now, policy, fresh = self._clock(), _policy_of(stored), False
+        now, policy, fresh = self._clock(), policy_in_force(stored), False
         if token and policy is not None:
             found = self._verify(token, now)
             mine = workload.peer.certificate_sha256
             fresh = (
                 isinstance(found, Ear) and found.certificate_sha256 == mine and release.fresh_enough(found, policy, now)
             )
-        nonce = self._nonces.give(workload.peer.spiffe_id, uri, purpose, now)
+        nonce = self._nonces.give(workload.peer.spiffe_id, (uri, purpose), now)
         return Begun(nonce, stored.record.policy_version, stored.record.policy_digest, fresh)
 
     async def release(self, workload: Workload, asked: Asked) -> Released:
         """Return a data key; raise the denial when any block does not hold."""
         asked.check()
         now = self._clock()
-        problem = self._nonces.take(asked.broker_nonce, workload.peer.spiffe_id, asked.key, asked.purpose, now)
+        problem = self._nonces.take(asked.broker_nonce, workload.peer.spiffe_id, (asked.key, asked.purpose), now)
         found = self._verify(asked.token, now)
         for _ in range(_ATTEMPTS):
             stored = await self._find(workload, asked.key, asked.key_version)
@@ -181,7 +182,7 @@ class ReleaseDesk:
         stored: StoredKey,
         now: datetime,
     ) -> Released | _Changed:
-        record, policy = stored.record, _policy_of(stored)
+        record, policy = stored.record, policy_in_force(stored)
         version = asked.key_version or (0 if asked.wrapped else record.newest)
         request = release.Request(
             key=asked.key,
@@ -193,13 +194,22 @@ class ReleaseDesk:
             renewal=asked.renewal,
         )
 
-        def decide(released_to_job: int) -> Decision:
-            counters = Counters(problem, released_to_job)
+        def decide(released_to_job: int, approvers: frozenset[str]) -> Decision:
+            counters = Counters(problem, released_to_job, approvers)
             return release.decide(request, found, workload.peer, policy, record, counters, now)
 
         data_key: FreshDataKey | None = None
         grounds: tuple[Block, ...] = ()
-        if decide(0).granted and not asked.renewal:
+        job = job_of(workload.peer.spiffe_id)
+
+        def approvers(transaction: Transaction) -> frozenset[str]:
+            return transaction.approvals.approvers(
+                asked.key, policy_digest=record.policy_digest, job=job, purpose=asked.purpose, now=now
+            )
+
+        asks = policy is not None and policy.approvals is not None
+        approving = await self._store.read(approvers) if asks else frozenset()
+        if decide(0, approving).granted and not asked.renewal:
             data_key, block = await self._data_key(KeyRef.of(record, version), stored, asked)
             grounds = (block,)
         wrapped = data_key.wrapped if data_key else asked.wrapped
@@ -210,9 +220,10 @@ class ReleaseDesk:
             newest = transaction.key(asked.key)
             if newest is None or newest.record != record:
                 return _Changed()
-            job = job_of(workload.peer.spiffe_id)
             past = transaction.released_to_job(uri=asked.key, job=job, policy_digest=record.policy_digest)
-            decision = Decision((*decide(past).blocks, *grounds))
+            newest_version = _version(transaction.registry(record), data_key, asked, found)
+            approved = approvers(transaction) if asks else frozenset()
+            decision = Decision((*decide(past, approved).blocks, *grounds, *newest_version))
             entry = self._entry(workload, asked, decision, binding)
             # Only authentic tokens are kept, for replays of other policies: no policy grants anything on others.
             token = asked.token if isinstance(found, Ear) else ""
@@ -308,7 +319,18 @@ class ReleaseDesk:
         await self._store.write(lambda transaction: transaction.append(entry, time_ms=_ms(self._clock())))
 
 
-def _policy_of(stored: StoredKey) -> ReleasePolicy | None:
+def _version(
+    registry: Registry, data_key: FreshDataKey | None, asked: Asked, found: Ear | TokenRejected
+) -> Iterable[Block]:
+    """Check that a data key of a published data set goes only to who measured the newest version of it."""
+    if data_key is not None and asked.wrapped and isinstance(found, Ear):
+        block = version_block(registry.demanded(data_key.secret), found.workload.datasets)
+        if block is not None:
+            yield block
+
+
+def policy_in_force(stored: StoredKey) -> ReleasePolicy | None:
+    """Return what a key is released under now, None when nothing is."""
     return _parse(stored.policy_yaml) if stored.policy_yaml else None
 
 

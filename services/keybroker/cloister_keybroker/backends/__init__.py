@@ -13,9 +13,10 @@ and a `Custodian`: an HSM or a key management service, which never sees W, a dat
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Final, Protocol, Self
+from typing import Final, Protocol, Self, TypeAlias, runtime_checkable
 
 from cloister.errors import CloisterError, Code
 from cloister.keyuri import KeyUri
@@ -25,10 +26,7 @@ from cloister.tlv import sha384, tlv
 from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.rootkey import RootKey
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Clock = Callable[[], datetime]
+Clock: TypeAlias = Callable[[], datetime]
 
 DEK_SIZE: Final = 32
 WRAPPING_KEY_SIZE: Final = 32
@@ -146,6 +144,9 @@ class KeyBackend(Protocol):
     async def rekey(self, key: KeyRef, handle: bytes, root_key: RootKey) -> bytes:
         """Return the handle as it has to be under another root key."""
 
+    async def reconcile(self, handles: Collection[bytes]) -> None:
+        """Look for keys that were made there and that nothing uses. `handles` are all that the store has of it."""
+
     async def check(self) -> None:
         """Unwrap a canary, of no key of anyone; raise CloisterError when that fails."""
 
@@ -194,6 +195,14 @@ class Custodian(Protocol):
 
     async def aclose(self) -> None:
         """Close connections."""
+
+
+@runtime_checkable
+class Reconciling(Protocol):
+    """A custodian that remembers which keys it was asked to make, and can find those that nothing uses."""
+
+    async def reconcile(self, in_use: Collection[bytes]) -> None:
+        """Take keys that it made and that are not at these locators for lost."""
 
 
 def wrapped_key_invalid(key: KeyRef) -> CloisterError:

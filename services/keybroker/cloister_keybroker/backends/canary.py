@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import Final, Self
 
 from cloister.atomicfile import file_error, write_atomically
 from cloister.errors import CloisterError, Code
 from cloister.keyuri import KeyUri
 from cloister.release.keys import KeyState
 from cloister.tlv import parse_tlv, sha384, tlv
-from cloister_keybroker.backends import Custodian, KeyRef
+from cloister_keybroker.backends import Clock, Custodian, KeyRef
 from cloister_keybroker.backends.failures import answer_invalid
 
-if TYPE_CHECKING:
-    from cloister_keybroker.backends import Clock
-
 _LABEL: Final = "cloister-custodian-canary-v1"
-_KEY: Final = KeyRef(KeyUri("cloister", "canary"), 1, KeyState.ENABLED, frozenset())
+CANARY_KEY: Final = KeyRef(KeyUri("cloister", "canary"), 1, KeyState.ENABLED, frozenset())
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +32,8 @@ class Kept:
 
     backend: str
     locator: bytes
-    wrapped: bytes
-    created_ms: int
+    wrapped: bytes  # the part; empty while only its key was made
+    created_ms: int  # Unix milliseconds
     digest: bytes  # SHA-384 of the part
 
     @classmethod
@@ -66,24 +63,36 @@ class Canary:
         async with self._checking:
             kept = self._read()
             if kept is None:
-                kept = await self._make()
+                kept = await self._create()
             elif self._due(kept):
-                old, kept = kept, await self._make()
+                old, kept = kept, await self._create()
                 await self._custodian.destroy(old.locator)
-            part = await self._custodian.unwrap(kept.locator, kept.wrapped, _KEY.custodian_aad())
+            if not kept.wrapped:
+                kept = await self._wrap(kept)
+            part = await self._custodian.unwrap(kept.locator, kept.wrapped, CANARY_KEY.custodian_aad())
             if not hmac.compare_digest(sha384(part.reveal()), kept.digest):
                 raise answer_invalid(self._custodian.name, "it opens the canary as something else")
+
+    def locators(self) -> list[bytes]:
+        """Return where the canary is at the custodian; nothing before it was made."""
+        kept = self._read()
+        return [kept.locator] if kept is not None else []
 
     def _due(self, kept: Kept) -> bool:
         lifetime = self._custodian.lifetime
         age = self._clock() - datetime.fromtimestamp(kept.created_ms / 1000, UTC)
         return lifetime is not None and age >= lifetime.rewrap_after
 
-    async def _make(self) -> Kept:
+    async def _create(self) -> Kept:
+        """Make its key, and remember it at once: a check that fails from here on must not make another each time."""
         created_ms = int(self._clock().timestamp() * 1000)
-        locator = await self._custodian.create(_KEY)
-        fresh = await self._custodian.generate(locator, _KEY.custodian_aad())
-        kept = Kept(self._custodian.name, locator, fresh.wrapped, created_ms, sha384(fresh.secret.reveal()))
+        kept = Kept(self._custodian.name, await self._custodian.create(CANARY_KEY), b"", created_ms, b"")
+        write_atomically(self._path, kept.encode())
+        return kept
+
+    async def _wrap(self, kept: Kept) -> Kept:
+        fresh = await self._custodian.generate(kept.locator, CANARY_KEY.custodian_aad())
+        kept = replace(kept, wrapped=fresh.wrapped, digest=sha384(fresh.secret.reveal()))
         write_atomically(self._path, kept.encode())
         return kept
 

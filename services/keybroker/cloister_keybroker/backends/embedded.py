@@ -8,6 +8,7 @@ Since the state is bound, editing `disabled` to `enabled` in the database gives 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime
 from typing import Final
@@ -56,6 +57,9 @@ class EmbeddedBackend(WrappingBackend):
 
     async def rekey(self, key: KeyRef, handle: bytes, root_key: RootKey) -> bytes:
         return await EmbeddedBackend(root_key).import_key(key, await self.wrapping_key(key, handle))
+
+    async def reconcile(self, handles: Collection[bytes]) -> None:
+        """Do nothing: there is nothing but the handles."""
 
     async def check(self) -> None:
         key = KeyRef(KeyUri("cloister", "canary"), 1, KeyState.ENABLED, frozenset())

@@ -6,33 +6,51 @@ A handle says which back end made it. The embedded one is always there: it needs
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final, TypeAlias
 
 from cloister.errors import CloisterError, Code
 from cloister.release.keys import KeyState
 from cloister.secret import SecretBytes
-from cloister_keybroker.backends import Capability, Custodian, FreshDataKey, KeyBackend, KeyRef, handle_damaged
+from cloister_keybroker.backends import Capability, Clock, Custodian, FreshDataKey, KeyBackend, KeyRef, handle_damaged
 from cloister_keybroker.backends.embedded import NAME as EMBEDDED
 from cloister_keybroker.backends.embedded import EmbeddedBackend
-from cloister_keybroker.backends.pkcs11 import open_pkcs11
 from cloister_keybroker.backends.remote import Handle, RemoteBackend
-from cloister_keybroker.backends.transit import open_transit
 from cloister_keybroker.backends.uri import BackendUri, invalid
 from cloister_keybroker.backends.wrapping import FORMAT
 from cloister_keybroker.rootkey import RootKey
 
-if TYPE_CHECKING:
-    from cloister_keybroker.backends import Clock
+# With the directory for what it has to remember itself, and the time.
+OpenCustodian: TypeAlias = Callable[[BackendUri, Path, Clock], Awaitable[Custodian]]
 
-    # With the directory for what it has to remember itself, and the time.
-    OpenCustodian = Callable[[BackendUri, Path, Clock], Awaitable[Custodian]]
+
+# Loaded when the configuration names them: a broker without them has no HTTP client and no foreign module in it.
+
+
+async def _open_ehsm(uri: BackendUri, state_dir: Path, clock: Clock) -> Custodian:
+    from cloister_keybroker.backends.ehsm.custodian import open_ehsm
+
+    return await open_ehsm(uri, state_dir, clock)
+
+
+async def _open_pkcs11(uri: BackendUri, _state_dir: Path, _clock: Clock) -> Custodian:
+    from cloister_keybroker.backends.pkcs11 import open_pkcs11
+
+    return await open_pkcs11(uri)
+
+
+async def _open_transit(uri: BackendUri, _state_dir: Path, _clock: Clock) -> Custodian:
+    from cloister_keybroker.backends.transit import open_transit
+
+    return await open_transit(uri)
+
 
 _CUSTODIANS: Final[Mapping[str, OpenCustodian]] = {
-    "pkcs11": lambda uri, _state_dir, _clock: open_pkcs11(uri),
-    "transit": lambda uri, _state_dir, _clock: open_transit(uri),
+    "ehsm": _open_ehsm,
+    "pkcs11": _open_pkcs11,
+    "transit": _open_transit,
 }
 
 
@@ -106,6 +124,17 @@ class Backends:
             return None
         return await self._first.import_key(key, await self.wrapping_key(key, handle))
 
+    async def reconcile(self, handles: Collection[bytes]) -> None:
+        """Tell each back end its own; one that does not answer does not keep the others from it."""
+        problems: list[CloisterError] = []
+        for backend in self._by_name.values():
+            try:
+                await backend.reconcile([handle for handle in handles if name_of(handle) == backend.name])
+            except CloisterError as error:
+                problems.append(error)
+        if problems:
+            raise problems[0]
+
     async def check(self) -> None:
         for backend in self._by_name.values():
             await backend.check()
@@ -115,14 +144,22 @@ class Backends:
             await backend.aclose()
 
 
-def backend_of(key: KeyRef, handle: bytes) -> str:
-    """Return the name of the back end that made a handle; raise STORE_DAMAGED when none did."""
+def name_of(handle: bytes) -> str | None:
+    """Return the name of the back end that made a handle, or None when none did."""
     if handle[:1] == FORMAT:
         return EMBEDDED
     try:
         return Handle.parse(handle).backend
     except ValueError:
-        raise handle_damaged(key) from None
+        return None
+
+
+def backend_of(key: KeyRef, handle: bytes) -> str:
+    """Return the name of the back end that made a handle; raise STORE_DAMAGED when none did."""
+    name = name_of(handle)
+    if name is None:
+        raise handle_damaged(key)
+    return name
 
 
 async def open_backends(

@@ -17,7 +17,6 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 from urllib.parse import unquote
 
@@ -27,7 +26,7 @@ from cloister.secret import SecretBytes
 from cloister_keybroker.backends import PART_SIZE, Capability, FreshPart, KeyRef, Lifetime
 from cloister_keybroker.backends.failures import key_disabled, key_lost, refused, unavailable
 from cloister_keybroker.backends.uri import BackendUri, invalid, read_credential
-from cloister_keybroker.backends.workers import Workers
+from cloister_keybroker.backends.workers import Threads, Workers
 
 try:
     import pkcs11
@@ -36,7 +35,7 @@ except ImportError:  # the extra `hsm` is not installed: `open_pkcs11` says so
     pkcs11 = None
 
 _T = TypeVar("_T")
-_THREAD: Final = ThreadPoolExecutor(1, thread_name_prefix="pkcs11")
+_THREAD: Final = Threads("pkcs11", 1)
 _WAITING: Final = 64  # calls; an HSM answers hundreds in a second
 _DEADLINE_S: Final = 5.0
 _NONCE_SIZE: Final = 12

@@ -12,10 +12,11 @@ of a key asks the custodian once: p1 is not kept in memory, so a key that is dis
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import Final, Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -31,17 +32,16 @@ from cloister_keybroker.backends import (
     PART_SIZE,
     WRAPPING_KEY_SIZE,
     Capability,
+    Clock,
     Custodian,
     KeyRef,
+    Reconciling,
     handle_damaged,
 )
 from cloister_keybroker.backends.canary import Canary
 from cloister_keybroker.backends.failures import answer_invalid
 from cloister_keybroker.backends.wrapping import WrappingBackend, seal, unseal
 from cloister_keybroker.rootkey import RootKey
-
-if TYPE_CHECKING:
-    from cloister_keybroker.backends import Clock
 
 _LABEL: Final = "cloister-handle-v1"
 
@@ -139,6 +139,11 @@ class RemoteBackend(WrappingBackend):
         part = await self._part_in_any_state(key, parsed)
         secret = self._open(key, parsed, part)
         return _sealed(key, parsed, _derive(key, part, root_key.custodian_salt), secret).encode()
+
+    async def reconcile(self, handles: Collection[bytes]) -> None:
+        if isinstance(self._custodian, Reconciling):
+            in_use = [Handle.parse(handle).locator for handle in handles]
+            await self._custodian.reconcile([*in_use, *self._canary.locators()])
 
     async def check(self) -> None:
         await self._custodian.probe()

@@ -20,7 +20,6 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from cloister.errors import CloisterError, Code
@@ -28,7 +27,7 @@ from cloister.secret import SecretBytes
 from cloister_keybroker.backends import PART_SIZE, Capability, FreshPart, KeyRef, Lifetime
 from cloister_keybroker.backends.failures import answer_invalid, key_disabled, key_lost, refused, unavailable
 from cloister_keybroker.backends.uri import BackendUri, invalid, read_credential
-from cloister_keybroker.backends.workers import Workers
+from cloister_keybroker.backends.workers import Threads, Workers
 
 try:
     import hvac
@@ -64,7 +63,7 @@ class TransitCustodian:
         self._ca_file = uri.file("ca")
         self._token_file = uri.file("token")
         self._namespace = uri.options.get("namespace")
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix=self.name)
+        self._threads = Threads(self.name, _THREADS)
         self._workers = Workers(self.name, self._threads, limit=_WAITING, deadline_s=_DEADLINE_S)
         self._local = threading.local()  # a session of `requests` belongs to one thread
         self._sessions: list[Any] = []
@@ -148,7 +147,7 @@ class TransitCustodian:
         await self._workers.run(lambda: self._attempt(self._probe))
 
     async def aclose(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
         for session in self._sessions:
             session.close()
 

@@ -312,6 +312,25 @@ class Broker:
         )
         return opened(pair, answer)
 
+    async def resume_key(
+        self, wrapped: bytes, *, uri: KeyUri = KEY, version: int = 1, who: SpiffeId = OWNER, purpose: str = "seal"
+    ) -> SecretBytes:
+        """Open a data key as an owner does who goes on sealing."""
+        pair = HpkeKeyPair.generate()
+        to = recipient(pair)
+        request = OpenRequest(
+            uri=uri,
+            key_version=version,
+            signer=did_key(OWNER_KEY),
+            wrapped_digest=sha384(wrapped),
+            client_nonce=to.client_nonce,
+            recipient_digest=sha384(to.public_key),
+            purpose=purpose,
+        )
+        key = WrappedKey(uri, version, wrapped)
+        answer = await self.data_keys.resume(owner(who), key, to, authorization=request.signed(OWNER_KEY))
+        return opened(pair, answer)
+
     async def log(self, tenant: str = TENANT) -> list[LoggedEntry]:
         """Return a tenant's log, newest first."""
         return await self.store.read(lambda t: t.newest_entries(tenant, key_uri="", limit=1000))

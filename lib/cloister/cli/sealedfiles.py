@@ -38,7 +38,6 @@ async def seal_directory(
     key_uri: str,
     dataset: str,
     output: Output,
-    succeeds: Path | None = None,
     published: bool = True,
 ) -> dict[str, Any]:
     """Seal into a directory with a new data key of the broker, or go on with an interrupted run's; return what came.
@@ -51,8 +50,10 @@ async def seal_directory(
     from cloister.sealed import directory as sealed
 
     name = dataset or KeyUri.parse(key_uri).path.rpartition("/")[2]
-    version, parent = _successor(succeeds, name)
     client = await owner_keys(session)
+    # What is published under this name already has a successor now.
+    version, parent = await client.published_manifest(key_uri, name) if published else (0, b"")
+    version += 1
     data_key = await _unfinished(client, out, key_uri=key_uri, dataset=name, version=version, parent=parent)
     if data_key:
         output.note(f"going on with {out}, where sealing was interrupted")
@@ -230,25 +231,6 @@ async def open_table(session: Session, source: Path, out: Path, *, columns: list
             rows_seen += 1
     names = columns or [header.name for header in headers.values()]
     return {"file": str(out), "columns": names, "rows": rows_seen, "bytes": source.stat().st_size}
-
-
-def _successor(before: Path | None, dataset: str) -> tuple[int, bytes]:
-    """Return version and parent digest of what comes after a sealed directory, or of a first version."""
-    if before is None:
-        return 1, b""
-    from cloister.sealed.manifest import MANIFEST_NAME, Manifest, read_manifest
-
-    name = str(before / MANIFEST_NAME)
-    manifest = Manifest.parse(read_manifest(before), name=name)
-    manifest.verify_signature(name=name)
-    if manifest.dataset != dataset:
-        raise CloisterError(
-            Code.ARGUMENT_INVALID,
-            what=f"{before} is not an earlier version of {dataset}",
-            why=f"it is one of {manifest.dataset}",
-            todo=f"give --name {manifest.dataset}, or another --succeeds",
-        )
-    return manifest.version + 1, manifest.digest
 
 
 async def _unfinished(

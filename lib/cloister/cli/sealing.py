@@ -50,14 +50,12 @@ def seal(
         list[str] | None,
         typer.Option("--column", metavar="NAME", help="Seal these columns of a CSV or TSV file; may be repeated."),
     ] = None,
-    succeeds: Annotated[
-        Path | None, typer.Option("--succeeds", metavar="DIR", help="Sealed directory of the version before.")
-    ] = None,
     state: State = None,
     json: Json = False,
 ) -> None:
     """Seal data: ciphertext, and a manifest that binds names, sizes and version. SRC is left as it is.
 
+    Sealed again under the same name, data is the next version: jobs that read an older one get no key any more.
     An interrupted run goes on when the same command is given again.
     """
     from cloister.cli import sealedfiles
@@ -65,7 +63,7 @@ def seal(
     output = Output(as_json=json)
     _check_sources(sources)
     single = out == PIPE or out.suffix == ".sealed" or bool(columns)
-    if (single or PIPE in sources) and (len(sources) != 1 or sources[0].is_dir() or succeeds):
+    if (single or PIPE in sources) and (len(sources) != 1 or sources[0].is_dir()):
         raise _usage("one file is sealed into a file", "OUT ends in .sealed or is -, SRC is -, or there is --column")
     if not single and PIPE in sources:
         raise _usage("standard input is sealed into a file", "name OUT something.sealed, or - for standard output")
@@ -78,9 +76,7 @@ def seal(
             return await sealedfiles.seal_table(session, sources[0], out, key_uri=key, columns=columns)
         if single:
             return await sealedfiles.seal_file(session, sources[0], out, key_uri=key, dataset=dataset, output=output)
-        return await sealedfiles.seal_directory(
-            session, sources, out, key_uri=key, dataset=dataset, succeeds=succeeds, output=output
-        )
+        return await sealedfiles.seal_directory(session, sources, out, key_uri=key, dataset=dataset, output=output)
 
     _show(output, in_session(state, work), out)
 

@@ -159,6 +159,7 @@ def throughput(plain: bytes, segment: int, rounds: int) -> None:
     tokens: list[bytes] = []
     identity = pyrage.x25519.Identity.generate()
     boxes: list[bytes] = []
+    recipient = [identity.to_public()]
     best: dict[tuple[str, str], float] = {}
 
     def note(name: str, what: str, seconds: float, done: int) -> None:
@@ -171,7 +172,6 @@ def throughput(plain: bytes, segment: int, rounds: int) -> None:
         # Fernet and age are one call over everything, and slow: a sixteenth of the bytes is enough to time.
         note("Fernet", "seal", timed(lambda: tokens.append(fernet.encrypt(small))), len(small))
         note("Fernet", "open", timed(lambda: fernet.decrypt(tokens.pop())), len(small))
-        recipient = [identity.to_public()]
         note("age", "seal", timed(lambda: boxes.append(pyrage.encrypt(small, recipient))), len(small))
         note("age", "open", timed(lambda: pyrage.decrypt(boxes.pop(), [identity])), len(small))
     print(f"\n{size >> 20} MiB, segments of {segment >> 10} KiB, one thread, best of {rounds}")

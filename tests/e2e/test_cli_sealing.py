@@ -154,7 +154,7 @@ def test_old_encrypted_files_are_brought_over(owner: Shell, tmp_path: Path) -> N
 
 
 def test_what_cannot_be_meant_is_refused_before_anything_is_done(owner: Shell, tmp_path: Path) -> None:
-    missing = owner.run("seal", tmp_path / "nowhere", "-o", tmp_path / "x", "--key", KEY, expect=4)
+    missing = owner.run("seal", tmp_path / "nowhere", "-o", tmp_path / "x", "--key", KEY, expect=5)
     assert "nowhere" in missing.err
     pipe = owner.run("seal", "-", "-o", tmp_path / "directory", "--key", KEY, expect=2)
     assert "standard input" in pipe.err

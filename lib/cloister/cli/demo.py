@@ -204,7 +204,7 @@ async def _keys_and_sealing(run: Run, session: Session, scratch: Path, *, data_u
     for uri, draft in _policies(session, data_uri, model_uri, image=verified["attest"]).items():
         text = draft.to_yaml()
         run.policies.append((uri, text))
-        await create_key(session, uri, purposes=list(draft.purposes), policy_yaml=text.encode())
+        await create_key(session, uri, purposes=list(draft.purposes), policy=text.encode())
         run.say(f"key {uri}")
         run.say(
             f"    for {' and '.join(draft.purposes)}: {len(draft.scripts)} script(s), the environment and image pinned"

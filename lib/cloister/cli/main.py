@@ -52,7 +52,7 @@ def build_app() -> typer.Typer:
     app.add_typer(identity.app, name="identity")
     app.add_typer(keys.app, name="key")
     app.add_typer(broker.app, name="broker")
-    app.add_typer(policy.app, name="policy")
+    app.add_typer(policy.command_group(), name="policy")
     sealing.register(app)
     measure.register(app)
     app.add_typer(train.app, name="train")

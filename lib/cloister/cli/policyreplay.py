@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -12,21 +13,27 @@ import typer
 
 from cloister.cli.options import Json, State, existing_file, in_session
 from cloister.cli.output import Output
-from cloister.cli.policy import PolicyFile, app, policy_text
+from cloister.cli.policy import PolicyFile, policy_text
 from cloister.errors import CloisterError, Code
 
 if TYPE_CHECKING:
     from cloister.cli.session import Session
+    from cloister.release.blocks import Decision
+    from cloister.release.keys import Purpose
 
 _TIMEOUT_S: Final = 300.0  # of a replay: 10,000 requests take some ten seconds
 _SINCE: Final = re.compile(r"([1-9][0-9]{0,5})([smhd])", re.ASCII)
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
-@app.command()
+def register(app: typer.Typer) -> None:
+    """Add the commands to `cloister policy`."""
+    app.command()(replay)
+
+
 def replay(
     file: PolicyFile,
-    since: Annotated[str, typer.Option("--since", metavar="TIME", help="Only the last 30m, 12h, 7d; default: all.")] = "",
+    since: Annotated[str, typer.Option("--since", metavar="TIME", help="Only the last 30m, 12h, 7d.")] = "",
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many requests, newest first.")] = 1000,
     everything: Annotated[bool, typer.Option("--all", help="Also requests of which nothing would change.")] = False,
     state: State = None,
@@ -60,9 +67,7 @@ def replay(
         output.tell(f"{found['requests']} requests: {found['gain']} would gain access, {found['lose']} would lose it")
 
 
-async def replayed(
-    session: Session, policy_yaml: bytes, *, since_s: int, limit: int
-) -> AsyncIterator[dict[str, Any]]:
+async def replayed(session: Session, policy_yaml: bytes, *, since_s: int, limit: int) -> AsyncIterator[dict[str, Any]]:
     """Yield the requests in the log with what a policy would make of each, newest first."""
     from cloister.api.keybroker.v1 import keybroker_pb2, keybroker_pb2_grpc
     from cloister.runtime.channel import stream
@@ -81,6 +86,34 @@ async def replayed(
             "change": change,
             "failed": [_block(block) for block in answer.failed],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What to explain: a token, or without one the request at an index; an empty policy is the one in force."""
+
+    policy_yaml: bytes
+    key_uri: str
+    token: str
+    index: int
+    purpose: Purpose | None
+
+
+async def explained(session: Session, question: Question) -> Decision:
+    """Ask the broker what a policy makes of a token or of a logged request."""
+    from cloister.api.keybroker.v1 import keybroker_pb2, keybroker_pb2_grpc
+    from cloister.release.blocks import Block, Decision
+
+    request = keybroker_pb2.ExplainPolicyRequest(policy_yaml=question.policy_yaml, key_uri=question.key_uri)
+    if question.token:
+        request.attestation_result = question.token
+    else:
+        request.index = question.index
+    if question.purpose:
+        request.purpose = keybroker_pb2.Purpose.Value(f"PURPOSE_{question.purpose.name}")
+    stub = keybroker_pb2_grpc.PolicyServiceStub(session.channel("keybroker"))
+    answer = await session.call(stub.ExplainPolicy, request, what="having the policy explained")
+    return Decision(tuple(Block(block.name, block.ok, block.wanted, block.got) for block in answer.blocks))
 
 
 def _block(block: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import typer
 from cloister.cli.keys import PurposeName
 from cloister.cli.options import Json, State, existing_file, in_session, state_directory
 from cloister.cli.output import Output
-from cloister.cli.policy import PolicyFile, app, read_policy
+from cloister.cli.policy import PolicyFile, read_policy
 from cloister.errors import CloisterError, Code
 
 if TYPE_CHECKING:
@@ -26,17 +26,26 @@ if TYPE_CHECKING:
     from cloister.keyuri import KeyUri
 
 SigningKey = Annotated[
-    Path | None, typer.Option("--signing-key", metavar="PEM", help="Ed25519 key; default: yours, of the state directory.")
+    Path | None,
+    typer.Option("--signing-key", metavar="PEM", help="Ed25519 key; default: that of your state directory."),
 ]
 _DURATION: Final = re.compile(r"([1-9][0-9]{0,4})([mhd])", re.ASCII)
 _UNITS: Final = {"m": "minutes", "h": "hours", "d": "days"}
 
 
-@app.command()
+def register(app: typer.Typer) -> None:
+    """Add the commands to `cloister policy`."""
+    app.command()(sign)
+    app.command()(approve)
+    app.command()(submit)
+    app.command()(approvals)
+
+
 def sign(
     file: PolicyFile,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Envelope to write; default: FILE.signed, or FILE if it is one.")
+        Path | None,
+        typer.Option("--output", "-o", help="Envelope to write; default: FILE.signed."),
     ] = None,
     signing_key: SigningKey = None,
     state: State = None,
@@ -67,7 +76,6 @@ def sign(
     )
 
 
-@app.command()
 def approve(
     file: PolicyFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="Approval to write.")],
@@ -115,7 +123,6 @@ def approve(
     )
 
 
-@app.command()
 def submit(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What `cloister policy approve` wrote.")],
     state: State = None,
@@ -135,7 +142,6 @@ def submit(
     Output(as_json=json).item(in_session(state, work))
 
 
-@app.command()
 def approvals(
     uri: Annotated[str, typer.Argument(metavar="URI", help="cloister-key://<tenant>/<path>")],
     state: State = None,

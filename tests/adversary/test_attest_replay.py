@@ -236,7 +236,7 @@ async def test_another_object_under_the_same_key_is_no_signature_of_a_verdict(at
     """The same key signs attestation results: their type tells them apart."""
     keys, document = attest.bundle.token_keys, await accepted(attest)
     token = (await attest.enrolment.attest(await attest.request(attest.td(Role.TRAINER)))).attestation_result
-    assert "typ" in not_signed(document | {"signature": token}, keys)
+    not_signed(document | {"signature": token}, keys)
     claims = json.loads(unb64(document["signature"].split(".")[1] + "==="))
     key, key_id = attest.authority.token_key, attest.authority.token_key_id
 
@@ -244,8 +244,8 @@ async def test_another_object_under_the_same_key_is_no_signature_of_a_verdict(at
         return document | {"signature": sign_claims(claims | changes, kind=kind, key=key, key_id=key_id)}
 
     assert signed_by(signed(), keys)
+    assert "typ" in not_signed(signed("eat+jwt"), keys)
     for wrong in (
-        signed("eat+jwt"),
         signed(iss="spiffe://cloister.test/service/keybroker"),
         signed(iat=claims["iat"] + 1),
         signed(more=1),

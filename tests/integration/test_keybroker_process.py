@@ -135,7 +135,10 @@ async def test_a_broker_that_cannot_be_right_does_not_start(trouble: str) -> Non
             "no root key": (5, "CLO-1003"),
             "open root key": (2, "CLO-1001"),
             "other root key": (1, "CLO-1310"),
-            "unknown key in the file": (2, "allowed keys: backend, former_backends, operators, root_key"),
+            "unknown key in the file": (
+                2,
+                "allowed keys: backend, calls_at_once, calls_burst",
+            ),
             "no such back end": (2, "it does not begin with a scheme"),
             "no store": (5, "there is no database at"),
             "empty store": (1, "is empty"),

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -122,3 +124,13 @@ def test_a_credential_is_one_line_that_others_do_not_read(tmp_path: Path) -> Non
     assert caught.value.code is Code.FILE_NOT_FOUND
     with pytest.raises(CloisterError, match="refused"):
         read_credential(tmp_path)
+
+
+def test_a_broker_with_its_own_store_loads_no_other_store_s_libraries() -> None:
+    program = (
+        "import sys\n"
+        "import cloister_keybroker.backends.factory\n"
+        "print([name for name in ('requests', 'hvac', 'pkcs11', 'aiohttp') if name in sys.modules])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]"

@@ -7,10 +7,9 @@ all, so it cannot be told from one that does not exist.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final, TypeVar
 
@@ -41,14 +40,6 @@ class Owner:
     request_id: str = ""
 
 
-@dataclass(slots=True)
-class _Turn:
-    """Those who change one key, or wait to."""
-
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    waiting: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class Office:
     """What every desk works with."""
@@ -58,23 +49,10 @@ class Office:
     signer: ReceiptSigner
     broker_id: SpiffeId
     clock: Callable[[], datetime]
-    _changing: dict[KeyUri, _Turn] = field(default_factory=dict)
 
-    @asynccontextmanager
-    async def changing(self, uri: KeyUri) -> AsyncIterator[None]:
-        """Wait for one's turn with a key.
-
-        A change reads, asks the back end, then writes: those of one key go one after the other, so that none is lost.
-        """
-        turn = self._changing.setdefault(uri, _Turn())
-        turn.waiting += 1
-        try:
-            async with turn.lock:
-                yield
-        finally:
-            turn.waiting -= 1
-            if not turn.waiting:
-                del self._changing[uri]
+    def changing(self, uri: KeyUri) -> AbstractAsyncContextManager[None]:
+        """Wait for one's turn with a key: see turns.py."""
+        return self.store.turns.changing(uri)
 
     def now_ms(self) -> int:
         """Return the time (Unix milliseconds)."""
@@ -133,42 +111,25 @@ class Desk:
 
     async def _restate(self, owner: Owner, action: str, before: KeyRecord, record: KeyRecord) -> None:
         """Bring a key, and each of its versions at the back end, into the record's state."""
+        versions = [
+            replace(
+                version,
+                handle=await self._backend.restate(KeyRef.of(before, version.number), version.handle, record.state),
+            )
+            for version in await self._store.read(lambda transaction: transaction.versions(before))
+        ]
+        await self._change(owner, action, record, *versions)
 
-        async def restated(version: KeyVersion) -> KeyVersion:
-            key = KeyRef.of(before, version.number)
-            return replace(version, handle=await self._backend.restate(key, version.handle, record.state))
+    async def _change(self, owner: Owner, action: str, record: KeyRecord, *versions: KeyVersion) -> None:
+        """Make a change of a key durable, with its entry in the log."""
 
-        while True:
-            found = await self._store.read(lambda transaction: transaction.versions(before))
-            versions = [await restated(version) for version in found]
-            if await self._change(owner, action, record, versions, instead_of=found):
-                return
-
-    async def _change(
-        self,
-        owner: Owner,
-        action: str,
-        record: KeyRecord,
-        versions: Sequence[KeyVersion] = (),
-        *,
-        instead_of: Sequence[KeyVersion] | None = None,
-    ) -> bool:
-        """Make a change of a key durable, with its entry in the log.
-
-        False, and nothing changes, when versions are not what they were in `instead_of`: one has moved meanwhile, and
-        its old place is given up.
-        """
-
-        def work(transaction: Transaction) -> bool:
-            if instead_of is not None and transaction.versions(record) != instead_of:
-                return False
+        def work(transaction: Transaction) -> None:
             transaction.update_key(record)
             for version in versions:
                 transaction.put_version(record.uri, version)
             transaction.append(self._entry(owner, action, record), time_ms=self._office.now_ms())
-            return True
 
-        return await self._store.write(work)
+        await self._store.write(work)
 
     async def _made(self, record: KeyRecord, handle: bytes, write: Awaitable[_T]) -> _T:
         """Write what the back end has just made into the store; when that fails it is destroyed again."""

@@ -9,7 +9,6 @@ finished at the next start.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -24,7 +23,7 @@ from cloister.transparency.entry import Entry
 from cloister_keybroker.answers import argument_error
 from cloister_keybroker.backends import KeyRef
 from cloister_keybroker.desk import Desk, Office, Owner
-from cloister_keybroker.keys import KeyRecord, KeyVersion
+from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.transaction import Transaction
 
 WAITING_DEFAULT: Final = timedelta(days=30)
@@ -107,17 +106,13 @@ class DestructionDesk(Desk):
             if stored is None or not _is_due(stored.record, self._office.now_ms()):
                 return
             before = stored.record
-            while True:
-                versions = await self._store.read(lambda transaction: transaction.versions(before))
-                for version in versions:
-                    await self._backend.destroy(KeyRef.of(before, version.number), version.handle)
-                if await self._bury(before, versions):
-                    break
+            for version in await self._store.read(lambda transaction: transaction.versions(before)):
+                await self._backend.destroy(KeyRef.of(before, version.number), version.handle)
+            await self._bury(replace(before, state=KeyState.DESTROYED))
         get_logger().info("key destroyed", key_uri=str(uri))
 
-    async def _bury(self, before: KeyRecord, versions: Sequence[KeyVersion]) -> bool:
-        """Put up the tombstone; False when a version has moved meanwhile, so that it is still to be destroyed."""
-        record = replace(before, state=KeyState.DESTROYED)
+    async def _bury(self, record: KeyRecord) -> None:
+        """Put the tombstone into the store."""
         entry = Entry(
             action="destroy",
             tenant=record.uri.tenant,
@@ -130,15 +125,12 @@ class DestructionDesk(Desk):
             record_digest=record.digest(),
         )
 
-        def work(transaction: Transaction) -> bool:
-            if transaction.versions(before) != versions:
-                return False
+        def work(transaction: Transaction) -> None:
             transaction.update_key(record)
             transaction.remove_versions(record.uri)
             transaction.append(entry, time_ms=self._office.now_ms())
-            return True
 
-        return await self._store.write(work)
+        await self._store.write(work)
 
 
 def _is_due(record: KeyRecord, now_ms: int) -> bool:

@@ -221,9 +221,9 @@ class ReleaseDesk:
             if newest is None or newest.record != record:
                 return _Changed()
             past = transaction.released_to_job(uri=asked.key, job=job, policy_digest=record.policy_digest)
-            approving = approvers(transaction) if asks else frozenset()
             newest_version = _version(transaction.registry(record), data_key, asked, found)
-            decision = Decision((*decide(past, approving).blocks, *grounds, *newest_version))
+            approved = approvers(transaction) if asks else frozenset()
+            decision = Decision((*decide(past, approved).blocks, *grounds, *newest_version))
             entry = self._entry(workload, asked, decision, binding)
             # Only authentic tokens are kept, for replays of other policies: no policy grants anything on others.
             token = asked.token if isinstance(found, Ear) else ""

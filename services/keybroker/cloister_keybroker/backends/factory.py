@@ -15,12 +15,9 @@ from cloister.errors import CloisterError, Code
 from cloister.release.keys import KeyState
 from cloister.secret import SecretBytes
 from cloister_keybroker.backends import Capability, Clock, Custodian, FreshDataKey, KeyBackend, KeyRef, handle_damaged
-from cloister_keybroker.backends.ehsm.custodian import open_ehsm
 from cloister_keybroker.backends.embedded import NAME as EMBEDDED
 from cloister_keybroker.backends.embedded import EmbeddedBackend
-from cloister_keybroker.backends.pkcs11 import open_pkcs11
 from cloister_keybroker.backends.remote import Handle, RemoteBackend
-from cloister_keybroker.backends.transit import open_transit
 from cloister_keybroker.backends.uri import BackendUri, invalid
 from cloister_keybroker.backends.wrapping import FORMAT
 from cloister_keybroker.rootkey import RootKey
@@ -28,10 +25,32 @@ from cloister_keybroker.rootkey import RootKey
 # With the directory for what it has to remember itself, and the time.
 OpenCustodian: TypeAlias = Callable[[BackendUri, Path, Clock], Awaitable[Custodian]]
 
+
+# Loaded when the configuration names them: a broker without them has no HTTP client and no foreign module in it.
+
+
+async def _open_ehsm(uri: BackendUri, state_dir: Path, clock: Clock) -> Custodian:
+    from cloister_keybroker.backends.ehsm.custodian import open_ehsm
+
+    return await open_ehsm(uri, state_dir, clock)
+
+
+async def _open_pkcs11(uri: BackendUri, _state_dir: Path, _clock: Clock) -> Custodian:
+    from cloister_keybroker.backends.pkcs11 import open_pkcs11
+
+    return await open_pkcs11(uri)
+
+
+async def _open_transit(uri: BackendUri, _state_dir: Path, _clock: Clock) -> Custodian:
+    from cloister_keybroker.backends.transit import open_transit
+
+    return await open_transit(uri)
+
+
 _CUSTODIANS: Final[Mapping[str, OpenCustodian]] = {
-    "ehsm": open_ehsm,
-    "pkcs11": lambda uri, _state_dir, _clock: open_pkcs11(uri),
-    "transit": lambda uri, _state_dir, _clock: open_transit(uri),
+    "ehsm": _open_ehsm,
+    "pkcs11": _open_pkcs11,
+    "transit": _open_transit,
 }
 
 

@@ -29,6 +29,7 @@ from cloister.cli import (
     policy,
     predict,
     quote,
+    references,
     sealing,
     train,
 )
@@ -61,6 +62,7 @@ def build_app() -> typer.Typer:
     app.add_typer(quote.app, name="quote")
     app.add_typer(collateral.app, name="collateral")
     app.add_typer(attest.app, name="attest")
+    app.add_typer(references.app, name="references")
     app.add_typer(audit.app, name="audit")
     doctor.register(app)
     demo.register(app)

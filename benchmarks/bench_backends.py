@@ -3,9 +3,9 @@
 
     python benchmarks/bench_backends.py [--seconds 2] [--json]
 
-embedded is arithmetic; pkcs11 is SoftHSM2 through its one thread; transit is the server of the tests and ehsm the
-development server, over TLS and in this process, so their own time is in the figures. Compare with embedded of the same
-run: what counts is the round trip.
+embedded is arithmetic; pkcs11 is SoftHSM2 through its one thread; ehsm (the development server) and transit (the server
+of the tests) are over TLS, in this process, so their own time is in the figure. Compare with embedded of the same run:
+what counts is the round trip.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ async def run(seconds: float) -> dict[str, dict[str, dict[str, float]]]:
         stack.callback(token.close)
         server = await stack.enter_async_context(TransitServer())
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ehsm = await stack.enter_async_context(EhsmPlace(directory / "ehsm"))
-        uris = {"embedded": "embedded:", "ehsm": ehsm.uri, "pkcs11": token.uri, "transit": server.uri}
+        place = await stack.enter_async_context(EhsmPlace(directory / "ehsm"))
+        uris = {"embedded": "embedded:", "ehsm": place.uri, "pkcs11": token.uri, "transit": server.uri}
         return {
             name: {str(n): await measured(uri, directory, seconds, n) for n in (1, 16)} for name, uri in uris.items()
         }

@@ -155,3 +155,23 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace a file's content; on any failure raise CloisterError and leave the old content whole."""
     with AtomicFile(path, mode=mode) as file:
         file.write(data)
+
+
+def write_new(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Make a file, whole or not at all; raise CloisterError(FILE_EXISTS) when there is one of this name."""
+    unfinished = path.parent / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
+    write_atomically(unfinished, data, mode=mode)
+    try:
+        os.link(unfinished, path)  # unlike rename, link refuses an existing name
+        sync_directory(path.parent)
+    except FileExistsError:
+        raise CloisterError(
+            Code.FILE_EXISTS,
+            what=f"{path} is already there",
+            why="it is made once and never replaced",
+            todo="use it, or name another file",
+        ) from None
+    except OSError as error:
+        raise file_error(error, what=f"cannot write {path}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from cloister.strictjson import Members, StrictJsonError, Value
 
 RELEASE_POLICY: Final = "application/vnd.cloister.release-policy.v1+yaml"
 PROVISIONING: Final = "application/vnd.cloister.provisioning.v1+json"
+OPEN_REQUEST: Final = "application/vnd.cloister.open-request.v1+json"
 RELEASE_APPROVAL: Final = "application/vnd.cloister.release-approval.v1+json"
 
 MAX_SIZE: Final = 128 * 1024  # bytes of an envelope: a policy of 64 KiB in base64, and its signatures

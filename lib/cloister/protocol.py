@@ -41,11 +41,11 @@ class ReleaseBinding:
 
     key_uri: str
     key_version: int
-    purpose: str  # "train", "serve", "evaluate"; "seal" and "export" for the owner's own machine
+    purpose: str  # "train", "serve", "evaluate"; "seal", "export", "import" for the owner's own machine
     policy_digest: bytes  # 48 bytes, empty for the owner's own calls
     evidence_digest: bytes  # SHA-384 of the EAR; of the caller's certificate (DER) for the owner's own calls
-    client_nonce: bytes  # 32 bytes
-    broker_nonce: bytes  # 32 bytes, empty for the owner's own calls
+    client_nonce: bytes  # 32 bytes, empty for an import
+    broker_nonce: bytes  # 32 bytes, empty for the owner's own calls other than an import
     broker_id: str  # SPIFFE id
     wrapped_digest: bytes  # SHA-384 of the wrapped data key: an operator cannot swap one data key for another
 
@@ -70,6 +70,11 @@ class ReleaseBinding:
         """Return what the broker signs: the binding, the lease, the answer's digest and the place in the log."""
         lease = (terms.policy_version, terms.decided_ms, terms.lease_until_ms)
         return tlv("cloister-receipt-v2", *self._fields(), *lease, sha384(sealed), log_id, index, root)
+
+
+def import_info(*, key_uri: str, key_version: int, policy_digest: bytes, nonce: bytes) -> bytes:
+    """Return the info of the HPKE seal over key material that its owner brings to the broker."""
+    return tlv("cloister-prov-v1", key_uri, key_version, policy_digest, nonce)
 
 
 @dataclass(frozen=True, slots=True)

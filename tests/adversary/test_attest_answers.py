@@ -15,19 +15,35 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from cloister.api.attest.v1 import attest_pb2
 from cloister.api.common.v1 import evidence_pb2, evidence_pb2_grpc
 from cloister.api.keybroker.v1 import keybroker_pb2
+from cloister.cli.policyfile import PolicyDraft
+from cloister.didkey import did_key
 from cloister.errors import CloisterError, Code
 from cloister.guest.enrol import Identity
 from cloister.guest.keys import KeyClient
-from cloister.guest.owner import OwnerKeyClient, verify_service_evidence
+from cloister.guest.owner import verify_service_evidence
+from cloister.guest.ownerkeys import OwnerKeyClient
 from cloister.identity import Role
 from cloister.runtime.channel import invoke, open_channel
 from cloister.runtime.credentials import StaticCredentials
 from cloister.secret import SecretBytes
 from cloister.tdx.workload import read_workload
 from fakes.attest_broker import DATA_KEY, Broker, broker, lies
-from fakes.attest_harness import ATTEST_ID, JOB, SCRIPT, LocalAttest, csr, local_attest, user_material
+from fakes.attest_harness import ATTEST_ID, JOB, SCRIPT, TRUST_DOMAIN, LocalAttest, csr, local_attest, user_material
+from fakes.signing import OWNER_KEY, signing_key
 
 URI = "cloister-key://hospital-a/datasets/reviews"
+POLICY = (
+    PolicyDraft(
+        "reviews",
+        f"spiffe://{TRUST_DOMAIN}/ns/hospital-a/user/owner",
+        URI,
+        ("train",),
+        ["sha384:" + "23" * 48],
+        [f"spiffe://{TRUST_DOMAIN}/ns/hospital-a/job/*/rank/*"],
+    )
+    .to_yaml()
+    .encode()
+)
 OTHER_URI = "cloister-key://hospital-a/datasets/other"
 WRAPPED = b"the wrapped key of the header"
 
@@ -302,8 +318,12 @@ async def test_a_data_key_of_another_size_is_refused(serving: Broker, rank: Iden
 # the owner's side
 
 
+def an_owner(credentials: StaticCredentials, serving: Broker) -> OwnerKeyClient:
+    return OwnerKeyClient(credentials, serving.endpoint, signing_key=OWNER_KEY)
+
+
 async def test_an_owner_gets_data_keys(serving: Broker, owner: StaticCredentials) -> None:
-    client = OwnerKeyClient(owner, serving.endpoint)
+    client = an_owner(owner, serving)
     new = await client.generate_data_key(URI)
     assert (new.secret, new.key_version, new.wrapped) == (SecretBytes(DATA_KEY), 1, b"a new wrapped key")
     again = await client.open_data_key(URI, key_version=3, wrapped=WRAPPED)
@@ -318,7 +338,7 @@ async def test_an_owner_gets_data_keys(serving: Broker, owner: StaticCredentials
 async def test_an_owner_refuses_a_spoilt_answer(serving: Broker, owner: StaticCredentials, how: str) -> None:
     serving.spoil = SPOILT[how]
     with pytest.raises(CloisterError) as caught:
-        await OwnerKeyClient(owner, serving.endpoint).open_data_key(URI, key_version=3, wrapped=WRAPPED)
+        await an_owner(owner, serving).open_data_key(URI, key_version=3, wrapped=WRAPPED)
     assert caught.value.code is Code.RECEIPT_INVALID
 
 
@@ -328,19 +348,33 @@ async def test_an_owner_refuses_an_answer_bound_to_anything_else(
 ) -> None:
     serving.bind = lies(**lie)
     with pytest.raises(CloisterError) as caught:
-        await OwnerKeyClient(owner, serving.endpoint).open_data_key(URI, key_version=3, wrapped=WRAPPED)
+        await an_owner(owner, serving).open_data_key(URI, key_version=3, wrapped=WRAPPED)
     assert caught.value.code is Code.RECEIPT_INVALID
 
 
 async def test_an_owner_manages_keys(serving: Broker, owner: StaticCredentials) -> None:
-    client = OwnerKeyClient(owner, serving.endpoint)
-    created = await client.create_key(URI, purposes=["train", "export"], policy_yaml=b"policy")
-    assert list(created.purposes) == [keybroker_pb2.PURPOSE_TRAIN, keybroker_pb2.PURPOSE_EXPORT]
+    client = an_owner(owner, serving)
+    created = await client.create_key(URI, purposes=["train", "export"], policy=POLICY)
+    assert sorted(created.purposes) == [keybroker_pb2.PURPOSE_TRAIN, keybroker_pb2.PURPOSE_EXPORT]
     assert (await client.show(URI)).uri == URI
     assert (await client.enable(URI)).state == keybroker_pb2.KEY_STATE_ENABLED
     assert (await client.disable(URI)).state == keybroker_pb2.KEY_STATE_DISABLED
-    assert (await client.put_policy(URI, b"policy")).policy_version == 2
+    assert (await client.put_policy(URI, POLICY)).policy_version == 2
     assert (await client.policy(URI)).policy_yaml == b"policy"
+
+
+async def test_an_owner_seals_nothing_with_a_key_that_somebody_else_provisioned(
+    serving: Broker, owner: StaticCredentials
+) -> None:
+    stranger = signing_key("a stranger")
+    serving.signer = did_key(stranger)
+    client = an_owner(owner, serving)
+    for attempt in (client.generate_data_key(URI), client.create_key(URI, purposes=["train"])):
+        with pytest.raises(CloisterError, match="not created with your signing key") as caught:
+            await attempt
+        assert caught.value.code is Code.SIGNATURE_INVALID
+    # The very broker serves whose key it is.
+    assert await OwnerKeyClient(owner, serving.endpoint, signing_key=stranger).generate_data_key(URI)
 
 
 async def test_an_owner_who_verified_the_broker_speaks_to_that_leaf_only(
@@ -355,11 +389,11 @@ async def test_an_owner_who_verified_the_broker_speaks_to_that_leaf_only(
         now=attest.clock(),
     )
     assert verified.evidence.receipt_spki_der == serving.identity.guest.keys.receipt_spki_der
-    client = OwnerKeyClient(owner, serving.endpoint, verified=verified)
+    client = OwnerKeyClient(owner, serving.endpoint, verified=verified, signing_key=OWNER_KEY)
     await client.generate_data_key(URI)
     async with broker(attest) as other:  # as well attested, but not the one that was verified
         with pytest.raises(CloisterError) as caught:
-            await OwnerKeyClient(owner, other.endpoint, verified=verified).generate_data_key(URI)
+            await OwnerKeyClient(owner, other.endpoint, verified=verified, signing_key=OWNER_KEY).generate_data_key(URI)
     assert caught.value.code is Code.UNREACHABLE
 
 
@@ -378,5 +412,5 @@ async def test_evidence_is_addressed_to_its_caller_only(serving: Broker, owner: 
 
 async def test_an_owner_names_only_purposes_that_exist(serving: Broker, owner: StaticCredentials) -> None:
     with pytest.raises(CloisterError) as caught:
-        await OwnerKeyClient(owner, serving.endpoint).create_key(URI, purposes=["mine"])
+        await an_owner(owner, serving).create_key(URI, purposes=["mine"])
     assert caught.value.code is Code.ARGUMENT_INVALID

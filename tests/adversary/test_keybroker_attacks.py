@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import secrets
 from collections.abc import AsyncIterator, Awaitable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ from cloister.keyuri import KeyUri
 from cloister.policyblocks import digest_text
 from cloister.release.keys import KeyState, Purpose
 from cloister_keybroker.answers import Recipient
+from cloister_keybroker.datakeys import WrappedKey
+from cloister_keybroker.datasets import Publication
+from cloister_keybroker.owners import NewKey
 from fakes.certs import TRUST_DOMAIN, TestCa
 from fakes.keybroker_harness import (
     COLLEAGUE,
     KEY,
     OTHER_KEY,
+    OWNER,
     RANK,
     STRANGER,
     TENANT,
@@ -36,11 +41,12 @@ from fakes.keybroker_harness import (
     Document,
     a_broker,
     as_yaml,
-    opened,
+    new_key,
     owner,
     policy_document,
     recipient,
 )
+from fakes.signing import provisioned, signed_policy
 
 FOREIGN_RANK = SpiffeId.of_rank(TRUST_DOMAIN, tenant="hospital-b", job="j-1", rank=1)
 SIBLING = SpiffeId.of_rank(TRUST_DOMAIN, tenant=TENANT, job="j-1", rank=0)
@@ -263,7 +269,7 @@ async def test_a_disabled_key_is_not_released_until_it_is_enabled_again(broker: 
     released = await td.release()
     await broker.owners.set_state(owner(), KEY, KeyState.DISABLED)
     await denied(broker, td.release(wrapped=released.data_key.wrapped), Code.KEY_DISABLED, "key.state")
-    await denied(broker, broker.owners.generate(owner(), KEY, recipient(td.hpke)), Code.KEY_DISABLED, "key.state")
+    await denied(broker, broker.generate(), Code.KEY_DISABLED, "key.state")
     await broker.owners.set_state(owner(), KEY, KeyState.ENABLED)
     assert td.open(await td.release(wrapped=released.data_key.wrapped)) == td.open(released)
 
@@ -307,7 +313,7 @@ async def disable(broker: Broker, who: SpiffeId, key: KeyUri) -> object:
 
 
 async def generate(broker: Broker, who: SpiffeId, key: KeyUri) -> object:
-    return await broker.owners.generate(owner(who), key, recipient(HpkeKeyPair.generate()))
+    return await broker.data_keys.generate(owner(who), key, recipient(HpkeKeyPair.generate()))
 
 
 async def test_a_colleague_sees_a_key_but_neither_changes_nor_uses_it(broker: Broker) -> None:
@@ -318,22 +324,32 @@ async def test_a_colleague_sees_a_key_but_neither_changes_nor_uses_it(broker: Br
     for attempt in (
         disable(broker, COLLEAGUE, KEY),
         generate(broker, COLLEAGUE, KEY),
-        broker.owners.put_policy(owner(COLLEAGUE), KEY, yaml),
-        broker.owners.open(owner(COLLEAGUE), KEY, 1, bytes(61), recipient(HpkeKeyPair.generate())),
+        broker.owners.put_policy(owner(COLLEAGUE), KEY, signed_policy(yaml)),
+        broker.owners.withdraw_policy(owner(COLLEAGUE), KEY),
+        broker.owners.rotate(owner(COLLEAGUE), KEY),
+        broker.owners.retire(owner(COLLEAGUE), KEY, 1),
+        broker.destruction.schedule(owner(COLLEAGUE), KEY, timedelta()),
+        broker.destruction.cancel(owner(COLLEAGUE), KEY),
+        broker.open_key(bytes(61), who=COLLEAGUE),
+        broker.data_keys.rewrap(owner(COLLEAGUE), WrappedKey(KEY, 1, bytes(61))),
+        broker.data_keys.publish(
+            owner(COLLEAGUE), WrappedKey(KEY, 1, bytes(61)), Publication("reviews", 1, bytes(48)), b""
+        ),
     ):
         await denied(broker, attempt, Code.CALLER_NOT_ALLOWED, "key.owner")
 
 
 async def test_nobody_creates_keys_in_another_tenant(broker: Broker) -> None:
-    attempt = broker.owners.create(owner(STRANGER), KEY, [Purpose.TRAIN], b"")
+    attempt = broker.owners.create(owner(STRANGER), new_key(KEY, [Purpose.TRAIN]))
     await denied(broker, attempt, Code.CALLER_NOT_ALLOWED, "key.tenant", "hospital-b")
 
 
 async def test_a_key_is_not_created_twice(broker: Broker) -> None:
     await broker.create_key()
-    for who in (owner(), owner(COLLEAGUE)):
+    for who in (OWNER, COLLEAGUE):
+        statement = provisioned(KEY, who, [Purpose.TRAIN])
         with pytest.raises(CloisterError) as caught:
-            await broker.owners.create(who, KEY, [Purpose.TRAIN], b"")
+            await broker.owners.create(owner(who), NewKey(KEY, frozenset({Purpose.TRAIN}), b"", statement))
         assert caught.value.code is Code.KEY_EXISTS
     await broker.td().release()  # the key and its policy are as they were
 
@@ -342,7 +358,7 @@ async def test_a_key_is_not_created_twice(broker: Broker) -> None:
 
 
 async def test_without_a_policy_nothing_is_released(broker: Broker) -> None:
-    await broker.owners.create(owner(), KEY, [Purpose.TRAIN], b"")
+    await broker.owners.create(owner(), new_key(KEY, [Purpose.TRAIN]))
     await denied(broker, broker.td().release(), Code.RELEASE_DENIED, "policy")
 
 
@@ -350,7 +366,7 @@ async def test_an_empty_policy_cannot_be_put_in_force(broker: Broker) -> None:
     await broker.create_key()
     for yaml in (b"", b"{}", as_yaml(policy_document(version=2, workload={"script": []}))):
         with pytest.raises(CloisterError) as caught:
-            await broker.owners.put_policy(owner(), KEY, yaml)
+            await broker.owners.put_policy(owner(), KEY, signed_policy(yaml))
         assert caught.value.code is Code.POLICY_INVALID
     await broker.td().release()
 
@@ -369,13 +385,12 @@ async def test_a_policy_is_neither_rolled_back_nor_skipped_nor_forked(broker: Br
         policy_document(version=3, previous=bytes(48)),
     ]
     for document in attempts:
-        attempt = broker.owners.put_policy(owner(), KEY, as_yaml(document))
+        attempt = broker.owners.put_policy(owner(), KEY, signed_policy(as_yaml(document)))
         await denied(broker, attempt, Code.POLICY_VERSION, "policy.version")
     # The narrower policy is still the one in force.
     await denied(broker, broker.td().release(), Code.RELEASE_DENIED, "workload.script")
-    await broker.owners.put_policy(
-        owner(), KEY, as_yaml(policy_document(version=3, previous=second.record.policy_digest))
-    )
+    third = as_yaml(policy_document(version=3, previous=second.record.policy_digest))
+    await broker.owners.put_policy(owner(), KEY, signed_policy(third))
     await broker.td().release()
 
 
@@ -505,23 +520,20 @@ async def test_a_version_that_the_key_does_not_have_is_refused(broker: Broker, v
 async def test_an_owner_seals_and_opens_on_their_own_machine_with_purpose_export_only(broker: Broker) -> None:
     await broker.create_key()
     await broker.create_key(uri=OTHER_KEY, purposes=frozenset({Purpose.TRAIN}))
-    pair = HpkeKeyPair.generate()
-    made = await broker.owners.generate(owner(), KEY, recipient(pair))
-    again = await broker.owners.open(owner(), KEY, 1, made.wrapped, recipient(pair))
-    assert opened(pair, again) == opened(pair, made)
-    made = await broker.owners.generate(owner(), OTHER_KEY, recipient(pair))
-    attempt = broker.owners.open(owner(), OTHER_KEY, 1, made.wrapped, recipient(pair))
+    made, secret = await broker.generate()
+    assert await broker.open_key(made.wrapped) == secret
+    made, _ = await broker.generate(OTHER_KEY)
+    attempt = broker.open_key(made.wrapped, uri=OTHER_KEY)
     await denied(broker, attempt, Code.RELEASE_DENIED, "key.purposes")
 
 
 async def test_an_owners_wrapped_key_of_another_key_or_version_does_not_open(broker: Broker) -> None:
     await broker.create_key()
     await broker.create_key(uri=OTHER_KEY)
-    pair = HpkeKeyPair.generate()
-    made = await broker.owners.generate(owner(), OTHER_KEY, recipient(pair))
-    attempt = broker.owners.open(owner(), KEY, 1, made.wrapped, recipient(pair))
+    made, _ = await broker.generate(OTHER_KEY)
+    attempt = broker.open_key(made.wrapped)
     await denied(broker, attempt, Code.WRAPPED_KEY_INVALID, "data_key")
-    attempt = broker.owners.open(owner(), OTHER_KEY, 2, made.wrapped, recipient(pair))
+    attempt = broker.open_key(made.wrapped, uri=OTHER_KEY, version=2)
     await denied(broker, attempt, Code.WRAPPED_KEY_INVALID, "key.version")
 
 
@@ -544,7 +556,7 @@ async def test_requests_that_cannot_be_right_are_refused_before_any_decision(bro
         assert caught.value.code is Code.ARGUMENT_INVALID
     for one in bad_recipients:
         with pytest.raises(CloisterError) as caught:
-            await broker.owners.generate(owner(), KEY, one)
+            await broker.data_keys.generate(owner(), KEY, one)
         assert caught.value.code is Code.ARGUMENT_INVALID
     await broker.releases.release(td.workload, asked)  # none of them used the nonce up
 

@@ -29,6 +29,7 @@ from cloister.runtime.server import GrpcServer, Mounted
 from cloister.secret import SecretBytes
 from cloister.tlv import sha384
 from fakes.attest_harness import ATTEST_ID, TRUST_DOMAIN, LocalAttest
+from fakes.signing import OWNER_SIGNER
 
 PACKAGE = "cloister.api.keybroker.v1"
 BROKER_ID = f"spiffe://{TRUST_DOMAIN}/service/keybroker"
@@ -63,6 +64,7 @@ class Broker(rpc.KeyReleaseServiceServicer, rpc.KeyOwnerServiceServicer):
     secret: bytes = DATA_KEY
     receipt_key: ed25519.Ed25519PrivateKey | None = None
     endpoint: str = ""
+    signer: str = OWNER_SIGNER
     releases: list[str] = field(default_factory=list)
     lease_ms: int = 3_600_000
     refusals: list[CloisterError] = field(default_factory=list)  # one for each of the next releases
@@ -127,10 +129,10 @@ class Broker(rpc.KeyReleaseServiceServicer, rpc.KeyOwnerServiceServicer):
         )
 
     async def CreateKey(self, request: pb.CreateKeyRequest, _context: Any) -> pb.CreateKeyResponse:
-        return pb.CreateKeyResponse(key=pb.Key(uri=request.uri, purposes=request.purposes))
+        return pb.CreateKeyResponse(key=pb.Key(uri=request.uri, purposes=request.purposes, signer=self.signer))
 
     async def GetKey(self, request: pb.GetKeyRequest, _context: Any) -> pb.GetKeyResponse:
-        return pb.GetKeyResponse(key=pb.Key(uri=request.uri))
+        return pb.GetKeyResponse(key=pb.Key(uri=request.uri, signer=self.signer))
 
     async def EnableKey(self, request: pb.EnableKeyRequest, _context: Any) -> pb.EnableKeyResponse:
         return pb.EnableKeyResponse(key=pb.Key(uri=request.uri, state=pb.KEY_STATE_ENABLED))

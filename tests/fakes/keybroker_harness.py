@@ -12,7 +12,7 @@ import dataclasses
 import json
 import secrets
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -30,6 +30,7 @@ from cloister.identity import Role, SpiffeId
 from cloister.keyuri import KeyUri
 from cloister.policyblocks import digest_text
 from cloister.protocol import LeaseTerms
+from cloister.provisioning import OpenRequest
 from cloister.release.approvals import ReleaseApproval
 from cloister.release.decide import Peer
 from cloister.release.keys import KeyState, Purpose
@@ -40,11 +41,15 @@ from cloister.tlv import sha384
 from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient
 from cloister_keybroker.backends.embedded import EmbeddedBackend
+from cloister_keybroker.datakeys import DataKeyDesk, WrappedKey
+from cloister_keybroker.desk import Office, Owner
+from cloister_keybroker.destruction import DestructionDesk
 from cloister_keybroker.logkey import LogKey
 from cloister_keybroker.logservice import CALLERS as LOG_CALLERS
 from cloister_keybroker.logservice import mounted_log
 from cloister_keybroker.nonces import NonceBook
-from cloister_keybroker.owners import Owner, OwnerDesk
+from cloister_keybroker.owners import NewKey, OwnerDesk
+from cloister_keybroker.ownerservice import Desks
 from cloister_keybroker.rootkey import create_root_key, read_root_key
 from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.service import CALLERS, mounted
@@ -52,6 +57,7 @@ from cloister_keybroker.store import KeyStore
 from cloister_keybroker.workloads import Asked, Released, ReleaseDesk, Workload
 from fakes.certs import TRUST_DOMAIN, TestCa
 from fakes.ear_sample import sample_ear
+from fakes.signing import OWNER_KEY, provisioned, signed_policy
 
 TENANT = "hospital-a"
 KEY = KeyUri.parse(f"cloister-key://{TENANT}/datasets/reviews")
@@ -198,7 +204,10 @@ class Broker:
     ca: TestCa
     clock: Clock
     store: KeyStore
+    office: Office
     owners: OwnerDesk
+    data_keys: DataKeyDesk
+    destruction: DestructionDesk
     releases: ReleaseDesk
     nonces: NonceBook
     receipt_key: Ed25519PrivateKey
@@ -217,11 +226,15 @@ class Broker:
         broker_id, nonces = SpiffeId.service(TRUST_DOMAIN, Role.KEYBROKER), NonceBook()
         log_key = await store.begin_life(receipt_key, broker_id, time_ms=int(clock().timestamp() * 1000))
         signer = ReceiptSigner(receipt_key, log_id=log_key.log_id)
+        office = Office(store, backend, signer, broker_id, clock)
         return cls(
             ca,
             clock,
             store,
-            OwnerDesk(store=store, backend=backend, signer=signer, broker_id=str(broker_id), clock=clock),
+            office,
+            OwnerDesk(office, hpke=HpkeKeyPair.generate()),
+            DataKeyDesk(office),
+            DestructionDesk(office),
             ReleaseDesk(
                 store=store,
                 backend=backend,
@@ -252,7 +265,7 @@ class Broker:
     ) -> None:
         """Create a key of OWNER under this policy (default: one that lets RANK in)."""
         yaml = as_yaml(policy_document(uri) if document is None else document)
-        await self.owners.create(owner(), uri, purposes, yaml)
+        await self.owners.create(owner(), new_key(uri, purposes, yaml))
 
     async def replace_policy(self, **when: Any) -> None:
         """Put the next policy of KEY in force; `when` as for policy_document, release=, cases= and change= besides."""
@@ -260,11 +273,54 @@ class Broker:
         blocks = {name: when.pop(name) for name in ("release", "cases", "change") if name in when}
         document = policy_document(version=record.policy_version + 1, previous=record.policy_digest, **when)
         document["spec"] |= blocks
-        await self.owners.put_policy(owner(), KEY, as_yaml(document))
+        await self.owners.put_policy(owner(), KEY, signed_policy(as_yaml(document)))
+
+    async def generate(self, uri: KeyUri = KEY, who: SpiffeId = OWNER) -> tuple[DataKeyAnswer, SecretBytes]:
+        """Make a data key as an owner does; return the answer and the key in it."""
+        pair = HpkeKeyPair.generate()
+        answer = await self.data_keys.generate(owner(who), uri, recipient(pair))
+        return answer, opened(pair, answer)
+
+    async def open_key(
+        self,
+        wrapped: bytes,
+        *,
+        uri: KeyUri = KEY,
+        version: int = 1,
+        who: SpiffeId = OWNER,
+        key: Ed25519PrivateKey = OWNER_KEY,
+        manifest_digest: bytes = b"",
+        **signed: Any,
+    ) -> SecretBytes:
+        """Open a data key as an owner does; `signed` replaces what the authorization says."""
+        pair = HpkeKeyPair.generate()
+        to = recipient(pair)
+        request = OpenRequest(
+            uri=uri,
+            key_version=version,
+            signer=did_key(key),
+            wrapped_digest=sha384(wrapped),
+            client_nonce=to.client_nonce,
+            recipient_digest=sha384(to.public_key),
+        )
+        answer = await self.data_keys.open(
+            owner(who),
+            WrappedKey(uri, version, wrapped),
+            to,
+            manifest_digest=manifest_digest,
+            authorization=dataclasses.replace(request, **signed).signed(key),
+        )
+        return opened(pair, answer)
 
     async def log(self, tenant: str = TENANT) -> list[LoggedEntry]:
         """Return a tenant's log, newest first."""
         return await self.store.read(lambda t: t.newest_entries(tenant, key_uri="", limit=1000))
+
+
+def new_key(uri: KeyUri = KEY, purposes: Iterable[Purpose] = frozenset(Purpose), yaml: bytes = b"") -> NewKey:
+    """Return a key of OWNER as it is asked for, with what OWNER_KEY signs about it."""
+    envelope = signed_policy(yaml) if yaml else b""
+    return NewKey(uri, frozenset(purposes), envelope, provisioned(uri, OWNER, purposes, yaml))
 
 
 def owner(spiffe_id: SpiffeId = OWNER) -> Owner:
@@ -302,7 +358,10 @@ async def a_served_broker(directory: Path) -> AsyncIterator[tuple[Broker, str]]:
         server = GrpcServer(
             section="127.0.0.1:0",
             credentials=broker.ca.credentials(Role.KEYBROKER),
-            services=[*mounted(broker.owners, broker.releases), *mounted_log(broker.store, broker.log_key)],
+            services=[
+                *mounted(Desks(broker.owners, broker.data_keys, broker.destruction), broker.releases),
+                *mounted_log(broker.store, broker.log_key),
+            ],
             callers={**CALLERS, **LOG_CALLERS},
         )
         await server.start()
@@ -327,7 +386,7 @@ async def _work_forever(store: Path, root_key: Path) -> None:
         await broker.create_key(policy_document(uri), uri)
         _acknowledge("create", uri)
         pair = HpkeKeyPair.generate()
-        answer = await broker.owners.generate(owner(), uri, recipient(pair))
+        answer = await broker.data_keys.generate(owner(), uri, recipient(pair))
         secret = sha384(opened(pair, answer).reveal()).hex()
         _acknowledge("generate", uri, wrapped=answer.wrapped.hex(), secret=secret, index=answer.receipt.place.index)
         td = broker.td()

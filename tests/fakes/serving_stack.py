@@ -23,13 +23,14 @@ from cloister.cli.stackconfig import PACKAGES, Places, StackOptions
 from cloister.cli.state import StateDirectory
 from cloister.data.archive import build_archive
 from cloister.guest.measure import digest_of_package
-from cloister.guest.owner import OwnerKeyClient
+from cloister.guest.ownerkeys import OwnerKeyClient
 from cloister.identity import Role
 from cloister.runtime.channel import invoke, open_channel
 from cloister.runtime.credentials import FileCredentials
 from cloister.runtime.endpoints import read_endpoints
 from cloister.sealed.directory import SealedDirectoryWriter
 from cloister.tlv import sha384
+from fakes.signing import OWNER_KEY
 
 HANDLER = Path(__file__).parents[2] / "services/serving/cloister_serving/handlers/text_classifier.py"
 KEY_URI = "cloister-key://demo/models/reviews"
@@ -86,11 +87,11 @@ class Stack:
             identities=[f"spiffe://{self.options.trust_domain}/ns/demo/model/*/backend/*"],
             simulated=True,
         )
-        await self.owner.create_key(uri, purposes=list(purposes), policy_yaml=policy.to_yaml().encode())
+        await self.owner.create_key(uri, purposes=list(purposes), policy=policy.to_yaml().encode())
 
     @property
     def owner(self) -> OwnerKeyClient:
-        return OwnerKeyClient(self.credentials, self.endpoints["keybroker"]["grpc"])
+        return OwnerKeyClient(self.credentials, self.endpoints["keybroker"]["grpc"], signing_key=OWNER_KEY)
 
     @property
     def credentials(self) -> FileCredentials:

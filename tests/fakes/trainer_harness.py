@@ -28,7 +28,7 @@ from cloister.errors import CloisterError
 from cloister.guest.enrol import Identity
 from cloister.guest.guest import Guest
 from cloister.guest.measure import digest_of_environment
-from cloister.guest.owner import OwnerKeyClient
+from cloister.guest.ownerkeys import OwnerKeyClient
 from cloister.identity import Role
 from cloister.protocol import job_config_digest
 from cloister.runtime.bundle import TrustBundle
@@ -40,6 +40,7 @@ from cloister.sealed.directory import SealedDirectory, seal_directory
 from cloister.secret import SecretBytes
 from cloister.tdx import workload
 from cloister.tlv import sha384
+from fakes.signing import OWNER_KEY
 
 TRUST_DOMAIN = "cloister.test"
 TENANT, OTHER_TENANT = "lab", "rival"
@@ -168,7 +169,7 @@ class Stack:
         credentials = self.user(tenant)
 
         async def work() -> Path:
-            client = OwnerKeyClient(credentials, self.endpoint("keybroker"))
+            client = OwnerKeyClient(credentials, self.endpoint("keybroker"), signing_key=OWNER_KEY)
             for uri in uris:
                 draft = PolicyDraft(
                     "tests",
@@ -180,7 +181,7 @@ class Stack:
                     simulated=True,
                     lease=lease,
                 )
-                await client.create_key(uri, purposes=["train", "export"], policy_yaml=draft.to_yaml().encode())
+                await client.create_key(uri, purposes=["train", "export"], policy=draft.to_yaml().encode())
             data_key = await client.generate_data_key(uris[0])
             out = self.directory / f"sealed-{self._keys}"
             seal_directory(source, out, data_key=data_key, dataset="tests")
@@ -196,7 +197,7 @@ class Stack:
     def open_key(self, sealed: Path | Provisioned, tenant: str = TENANT) -> DataKey:
         """Return the data key of a sealed directory to its owner."""
         peek = SealedDirectory.peek(sealed.directory if isinstance(sealed, Provisioned) else sealed)
-        client = OwnerKeyClient(self.user(tenant), self.endpoint("keybroker"))
+        client = OwnerKeyClient(self.user(tenant), self.endpoint("keybroker"), signing_key=OWNER_KEY)
         key: DataKey = _in_a_loop(
             client.open_data_key(peek.key_uri, key_version=peek.key_version, wrapped=peek.wrapped)
         )

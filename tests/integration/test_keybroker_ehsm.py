@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import secrets
+import sys
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
@@ -284,14 +286,14 @@ async def test_clocks_that_differ_raise_an_alarm_and_then_say_what_is_wrong(
         await custodian.probe()
     assert [log["ahead_s"] for log in logs if log["event"] == "clocks differ"] == [120]
     place.server_clock = lambda: place.clock() - timedelta(minutes=11)
-    error = await refused(custodian.probe(), Code.CUSTODIAN_REFUSED)
+    error = await refused(custodian.enable(str(uuid.uuid4()).encode()), Code.CUSTODIAN_REFUSED)
     assert "660 s behind" in error.why
 
 
 async def test_a_clock_that_is_set_back_does_not_stop_requests(place: EhsmPlace, custodian: EhsmCustodian) -> None:
-    await custodian.probe()
+    locator = await custodian.create(REF)
     advance(place, hours=-1)
-    await custodian.probe()
+    await custodian.enable(locator)
 
 
 async def test_requests_of_one_millisecond_are_no_replays_to_the_older_generation(tmp_path: Path) -> None:
@@ -495,3 +497,51 @@ async def test_a_quote_that_was_changed_is_refused(tmp_path: Path) -> None:
         error = await refused(custodian.probe(), Code.CUSTODIAN_REFUSED)
         assert "does not verify" in error.why
         await custodian.aclose()
+
+
+# enrolling
+
+
+async def enrolled(place: EhsmPlace, tmp_path: Path, *arguments: str) -> tuple[int, str, str]:
+    command = (
+        sys.executable,
+        "-m",
+        "cloister_keybroker.backends.ehsm",
+        place.server.url,
+        "--out",
+        str(tmp_path / "new"),
+    )
+    process = await asyncio.create_subprocess_exec(
+        *command, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, err = await process.communicate()
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+async def test_enrolling_writes_credentials_to_files_only_and_once(tmp_path: Path) -> None:
+    async with EhsmPlace(tmp_path / "ehsm") as place:
+        ca = ("--ca", str(place.client_directory / "ca.pem"))
+        code, out, err = await enrolled(place, tmp_path, *ca)
+        assert code == 0, err
+        api_key = (tmp_path / "new" / "apikey").read_text().strip()
+        assert api_key not in out + err
+        assert (tmp_path / "new" / "apikey").stat().st_mode & 0o777 == 0o600
+        # The printed line is what the configuration takes.
+        line = out.removeprefix('backend = "').strip().removesuffix('"')
+        custodian = await open_ehsm(BackendUri.parse(line), tmp_path, place.clock)
+        await custodian.create(REF)
+        await custodian.aclose()
+        code, _, err = await enrolled(place, tmp_path, *ca)
+        assert code == 2
+        assert "is there already" in err
+        assert (tmp_path / "new" / "apikey").read_text().strip() == api_key
+
+
+async def test_enrolling_believes_nobody_who_is_not_known_beforehand(tmp_path: Path) -> None:
+    async with EhsmPlace(tmp_path / "ehsm") as place:
+        assert (await enrolled(place, tmp_path))[0] == 2
+        code, _, err = await enrolled(place, tmp_path, "--pin", f"sha256:{'0' * 64}")
+        assert code == 6
+        assert "certificate" in err
+        assert place.faults.requests == []
+        assert not (tmp_path / "new").exists()

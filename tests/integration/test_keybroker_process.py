@@ -10,12 +10,13 @@ from cloister.cli.policyfile import PolicyDraft
 from cloister.errors import CloisterError, Code
 from cloister.guest.enrol import Identity
 from cloister.guest.keys import KeyClient
-from cloister.guest.owner import OwnerKeyClient
+from cloister.guest.ownerkeys import OwnerKeyClient
 from cloister.identity import Role
 from cloister.runtime.channel import invoke, open_channel
 from cloister_keybroker.rootkey import create_root_key
 from fakes.attest_harness import CONFIG, JOB, SCRIPT, TRUST_DOMAIN, AttestProcess, measure
 from fakes.keybroker_process import a_stack, the_user, the_verified_broker
+from fakes.signing import OWNER_KEY
 
 URI = "cloister-key://hospital-a/datasets/reviews"
 
@@ -54,8 +55,8 @@ async def test_from_a_sealed_key_to_an_attested_rank_and_across_a_restart() -> N
         await broker.start()
         credentials = await the_user(attest)
         await the_verified_broker(broker, credentials)
-        owner = OwnerKeyClient(credentials, broker.endpoint)
-        await owner.create_key(URI, purposes=["train", "export"], policy_yaml=a_policy(attest, simulated=False))
+        owner = OwnerKeyClient(credentials, broker.endpoint, signing_key=OWNER_KEY)
+        await owner.create_key(URI, purposes=["train", "export"], policy=a_policy(attest, simulated=False))
         made = await owner.generate_data_key(URI)
         rank = await a_rank(attest)
         with pytest.raises(CloisterError, match=r"block tee\.simulated") as caught:
@@ -76,7 +77,7 @@ async def test_from_a_sealed_key_to_an_attested_rank_and_across_a_restart() -> N
         await broker.stop(kill=True)
         broker.endpoints_file.unlink()
         await broker.start()
-        owner = OwnerKeyClient(credentials, broker.endpoint)
+        owner = OwnerKeyClient(credentials, broker.endpoint, signing_key=OWNER_KEY)
         opened = await owner.open_data_key(URI, key_version=1, wrapped=new.wrapped)
         assert opened.secret == new.secret
         await owner.disable(URI)
@@ -134,7 +135,10 @@ async def test_a_broker_that_cannot_be_right_does_not_start(trouble: str) -> Non
             "no root key": (5, "CLO-1003"),
             "open root key": (2, "CLO-1001"),
             "other root key": (1, "CLO-1310"),
-            "unknown key in the file": (2, "allowed keys: backend, former_backends, operators, root_key"),
+            "unknown key in the file": (
+                2,
+                "allowed keys: backend, calls_at_once, calls_burst",
+            ),
             "no such back end": (2, "it does not begin with a scheme"),
             "no store": (5, "there is no database at"),
             "empty store": (1, "is empty"),

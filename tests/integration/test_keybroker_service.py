@@ -16,7 +16,10 @@ from cloister.api.keybroker.v1 import keybroker_pb2_grpc as rpc
 from cloister.errors import CloisterError, Code
 from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
 from cloister.identity import Role, SpiffeId
+from cloister.keyuri import KeyUri
 from cloister.protocol import LeaseTerms, ReleaseBinding
+from cloister.provisioning import OpenRequest
+from cloister.release.keys import Purpose
 from cloister.runtime.channel import invoke, open_channel
 from cloister.runtime.credentials import StaticCredentials
 from cloister.runtime.pem import read_leaf
@@ -37,6 +40,7 @@ from fakes.keybroker_harness import (
     leaf_sha256,
     policy_document,
 )
+from fakes.signing import OWNER_KEY, OWNER_SIGNER, provisioned, signed_policy
 
 Served = tuple[Broker, str]
 BROKER_ID = f"spiffe://{TRUST_DOMAIN}/service/keybroker"
@@ -67,7 +71,14 @@ async def refused(
 async def create(served: Served, uri: str = str(KEY), **policy: Any) -> pb.Key:
     document = policy_document(**policy) if uri == str(KEY) else policy_document(OTHER_KEY, **policy)
     purposes = [pb.PURPOSE_TRAIN, pb.PURPOSE_SERVE, pb.PURPOSE_EXPORT]
-    request = pb.CreateKeyRequest(uri=uri, purposes=purposes, policy_yaml=as_yaml(document))
+    request = pb.CreateKeyRequest(
+        uri=uri,
+        purposes=purposes,
+        policy_envelope=signed_policy(as_yaml(document)),
+        provisioning=provisioned(
+            KeyUri.parse(uri), OWNER, [Purpose.TRAIN, Purpose.SERVE, Purpose.EXPORT], as_yaml(document)
+        ),
+    )
     return (await call(served, OWNER, "KeyOwnerService", "CreateKey", request)).key
 
 
@@ -197,8 +208,13 @@ async def test_an_owners_day(served: Served) -> None:
     )
     assert (policy.version, policy.digest) == (1, key.policy_digest)
     assert policy.policy_yaml == as_yaml(policy_document())
+    assert policy.policy_envelope == signed_policy(policy.policy_yaml)
+    assert (key.signer, key.min_version, key.backend, key.imported) == (OWNER_SIGNER, 1, "embedded", False)
     successor = as_yaml(policy_document(version=2, previous=policy.digest))
-    request = pb.PutReleasePolicyRequest(uri=key.uri, policy_yaml=successor)
+    unsigned = pb.PutReleasePolicyRequest(uri=key.uri, policy_yaml=successor)
+    error = await refused(served, OWNER, "KeyOwnerService", "PutReleasePolicy", unsigned)
+    assert (error.code, "plain YAML" in error.why) == (Code.SIGNATURE_INVALID, True)
+    request = pb.PutReleasePolicyRequest(uri=key.uri, policy_envelope=signed_policy(successor))
     assert (await call(served, OWNER, "KeyOwnerService", "PutReleasePolicy", request)).key.policy_version == 2
     error = await refused(served, OWNER, "KeyOwnerService", "PutReleasePolicy", request)
     assert error.code is Code.POLICY_VERSION
@@ -300,6 +316,14 @@ async def test_an_owner_makes_and_opens_data_keys(served: Served) -> None:
             client_nonce=nonce,
             hpke_kem_id=KEM_MLKEM768_X25519,
             hpke_public_key=pair.public_bytes,
+            authorization=OpenRequest(
+                uri=KEY,
+                key_version=1,
+                signer=OWNER_SIGNER,
+                wrapped_digest=sha384(made.data_key.wrapped),
+                client_nonce=nonce,
+                recipient_digest=sha384(pair.public_bytes),
+            ).signed(OWNER_KEY),
         ),
     )
     secrets_ = []

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import logging
+import ssl
 import time
 import urllib.request
 from collections.abc import AsyncIterator
@@ -30,6 +32,7 @@ from cloister.runtime.health import HealthState
 from cloister.runtime.host import serving
 from cloister.runtime.limits import Limits
 from cloister.runtime.metrics import RpcMetrics
+from cloister.runtime.quota import IdentityQuota
 from cloister.runtime.reflection import ALPHA, V1
 from cloister.runtime.server import GrpcServer
 from fakes.certs import TestCa
@@ -424,3 +427,79 @@ async def test_a_closed_channel_takes_no_call(ca: TestCa, server: GrpcServer) ->
 def fetch(url: str) -> str:
     with urllib.request.urlopen(url, timeout=5) as answer:
         return str(answer.read().decode())
+
+
+async def test_a_caller_over_its_quota_is_told_so_and_others_are_served(ca: TestCa) -> None:
+    quota, everybody = IdentityQuota(per_s=0.001, burst=3, at_once=8), frozenset({Role.USER, Role.RANK})
+    async with (
+        evidence_server(ca.credentials(Role.KEYBROKER), quota=quota, callers={METHOD: everybody}) as server,
+        evidence_stub(server.endpoint, ca.credentials(Role.USER)) as greedy,
+        evidence_stub(server.endpoint, ca.credentials(Role.RANK)) as other,
+    ):
+        for _ in range(3):
+            await ask(greedy)
+        with pytest.raises(CloisterError) as caught:
+            await ask(greedy)
+        assert caught.value.code is Code.RATE_LIMITED
+        await ask(other)
+
+
+async def test_calls_in_flight_count_against_the_quota_until_they_end(ca: TestCa, servicer: EvidenceFake) -> None:
+    quota = IdentityQuota(per_s=1000, burst=1000, at_once=1)
+    async with (
+        evidence_server(ca.credentials(Role.KEYBROKER), servicer, quota=quota) as server,
+        evidence_stub(server.endpoint, ca.credentials(Role.USER)) as stub,
+    ):
+        waiting = asyncio.ensure_future(ask(stub, "wait", timeout_s=0.5))
+        while not servicer.request_ids:
+            await asyncio.sleep(0.01)
+        with pytest.raises(CloisterError) as caught:
+            await ask(stub)
+        assert caught.value.code is Code.RATE_LIMITED
+        with pytest.raises(CloisterError):
+            await waiting
+        await ask(stub)
+
+
+async def test_a_server_may_take_in_less_than_it_answers_with(ca: TestCa) -> None:
+    limits = Limits(max_request_bytes=1000)
+    async with (
+        evidence_server(ca.credentials(Role.KEYBROKER), limits=limits) as server,
+        evidence_stub(server.endpoint, ca.credentials(Role.USER)) as stub,
+    ):
+        with pytest.raises(CloisterError) as caught:
+            await ask(stub, nonce=bytes(2000))
+        assert caught.value.code is Code.MESSAGE_TOO_LARGE
+        assert len((await ask(stub, "echo-size", nonce=bytes(900))).quote) == 900
+
+
+async def test_whoever_shows_no_certificate_gets_a_handshake_and_nothing_more(server: GrpcServer) -> None:
+    """No request of an unknown caller is read, and what it gets for its trouble is a few kilobytes at most."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_hostname="anybody")
+    host, _, port = server.endpoint.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    received, sent_preface = 0, False
+    try:
+        while True:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.do_handshake()
+                if not sent_preface:
+                    tls.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9))
+                    sent_preface = True
+                tls.read(1)
+            writer.write(outgoing.read())
+            data = await asyncio.wait_for(reader.read(65536), 5)
+            received += len(data)
+            if not data:
+                break
+            incoming.write(data)
+    except (ssl.SSLError, ConnectionError):
+        pass
+    finally:
+        writer.close()
+    assert sent_preface  # TLS 1.3: a client is done before the server has looked at its certificate
+    assert received < 8192

@@ -11,9 +11,10 @@ import pytest
 
 from cloister.api.keybroker.v1 import keybroker_pb2, keybroker_pb2_grpc
 from cloister.data.sample import generate_sample
-from cloister.guest.owner import OwnerKeyClient
+from cloister.guest.ownerkeys import OwnerKeyClient
 from cloister.identity import Role
 from cloister.runtime.channel import invoke, open_channel
+from fakes.signing import OWNER_KEY
 from fakes.trainer_harness import Stack, client_of, pb, phase, running_stack, spec
 
 ENDLESS = """
@@ -51,7 +52,8 @@ async def test_a_job_runs_past_its_leases_until_its_key_is_disabled(stack: Stack
         async with asyncio.timeout(30):
             while await renewals(stack, data.data_uri) < 2:
                 await asyncio.sleep(0.1)
-        owner = OwnerKeyClient(await asyncio.to_thread(stack.user), stack.endpoint("keybroker"))
+        endpoint = stack.endpoint("keybroker")
+        owner = OwnerKeyClient(await asyncio.to_thread(stack.user), endpoint, signing_key=OWNER_KEY)
         await owner.disable(data.data_uri)
         async with asyncio.timeout(30):
             ended, _ = await client.to_the_end(job.job_id)

@@ -25,6 +25,7 @@ from cloister.cli.options import (
     state_directory,
 )
 from cloister.cli.output import Output, make_table
+from cloister.cli.stackconfig import Kms
 
 if TYPE_CHECKING:
     from cloister.cli.demodata import DemoData
@@ -60,6 +61,7 @@ def demo(
     report: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Where the report goes.")] = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1, max=64, help="Training ranks.")] = 2,
     rows: Annotated[int, typer.Option("--rows", min=24, help="Rows of the generated sample.")] = 3600,
+    kms: Annotated[Kms, typer.Option("--kms", help="Where the key broker keeps the keys.")] = Kms.EMBEDDED,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the training.")] = 1,
     state: State = None,
     json: Json = False,
@@ -83,7 +85,7 @@ def demo(
         args=context.meta[JOB_ARGUMENTS],
         report=(report or directory.root / "reports" / f"{_stamp()}.html").absolute(),
     )
-    run_async(_with_stack(run, make_options()))
+    run_async(_with_stack(run, make_options(kms=kms)))
 
 
 @dataclass(slots=True)
@@ -192,6 +194,7 @@ async def _keys_and_sealing(run: Run, session: Session, scratch: Path, *, data_u
     from cloister.cli.sealing import seal_directory
     from cloister.cli.state import SERVICES
     from cloister.cli.trust import verify_services
+    from cloister.guest.operator import OperatorClient
 
     run.chapter(2, "Keys with release policies; the data is sealed")
     data: DemoData = await asyncio.to_thread(prepare, run.data, scratch, rows=run.rows)
@@ -204,11 +207,13 @@ async def _keys_and_sealing(run: Run, session: Session, scratch: Path, *, data_u
     for uri, draft in _policies(session, data_uri, model_uri, image=verified["attest"]).items():
         text = draft.to_yaml()
         run.policies.append((uri, text))
-        await create_key(session, uri, purposes=list(draft.purposes), policy_yaml=text.encode())
+        await create_key(session, uri, purposes=list(draft.purposes), policy=text.encode())
         run.say(f"key {uri}")
         run.say(
             f"    for {' and '.join(draft.purposes)}: {len(draft.scripts)} script(s), the environment and image pinned"
         )
+    home = await OperatorClient(session.credentials, verified["keybroker"]).backend_status()
+    run.say(f"they live behind {home.name}" + (f" ({', '.join(home.capabilities)})" if home.capabilities else ""))
     with run.timed("sealing"):
         sealed = await seal_directory(
             session, data.directory, scratch / "sealed", key_uri=data_uri, dataset=MODEL, output=run.output

@@ -8,7 +8,6 @@ the one that issued it. The private key never leaves its file; attest knows its 
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
@@ -17,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from cloister.cli.privatekey import read_private_key, unusable_key, write_private_key
 from cloister.cli.state import StateDirectory
 from cloister.errors import CloisterError, Code
 from cloister.identity import Role
@@ -25,46 +25,25 @@ if TYPE_CHECKING:
     from cloister.runtime.bundle import TrustBundle
 
 _TIMEOUT_S: Final = 10.0
+_WHAT: Final = "the user's key"
 
 
 def make_user_key(state: StateDirectory) -> ec.EllipticCurvePrivateKey:
     """Return the user's P-256 key; make it, readable by its owner only, when there is none yet."""
     if not state.user_key.exists():
-        key = ec.generate_private_key(ec.SECP256R1())
-        pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        from cloister.atomicfile import write_atomically
-
-        write_atomically(state.user_key, pem, mode=0o600)
+        write_private_key(state.user_key, ec.generate_private_key(ec.SECP256R1()))
     return load_user_key(state)
 
 
 def load_user_key(state: StateDirectory) -> ec.EllipticCurvePrivateKey:
     """Return the user's key; raise CloisterError when it is missing, readable by others, or not a P-256 key."""
-    path = state.user_key
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        with os.fdopen(descriptor, "rb") as handle:
-            mode = os.fstat(descriptor).st_mode & 0o777
-            pem = handle.read(1 << 16)
-    except OSError as error:
-        raise CloisterError(
-            Code.FILE_NOT_FOUND,
-            what=f"the user's key {path} cannot be read",
-            why=error.strerror or str(error),
-            todo="`cloister dev up` makes one; name the right state directory with --state",
-        ) from error
-    if mode & 0o077:
-        raise _unusable(
-            state, f"its mode is {mode:o}; a private key is readable by its owner only", f"chmod 600 {path}"
-        )
-    try:
-        key = serialization.load_pem_private_key(pem, password=None)
-    except (ValueError, TypeError):
-        raise _unusable(state, "it is not an unencrypted PEM private key", "put the right file there") from None
+    key = read_private_key(
+        state.user_key,
+        what=_WHAT,
+        todo="`cloister dev up` makes one; name the right state directory with --state",
+    )
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise _unusable(state, "it is not a P-256 key", "put the right file there")
+        raise unusable_key(state.user_key, "it is not a P-256 key", what=_WHAT)
     return key
 
 
@@ -163,9 +142,3 @@ async def _fetch(
             todo="check that --state names the stack you mean; cloister doctor",
         )
     return issued
-
-
-def _unusable(state: StateDirectory, why: str, todo: str) -> CloisterError:
-    return CloisterError(
-        Code.CONFIG_INVALID, what=f"the user's key {state.user_key} cannot be used", why=why, todo=todo
-    )

@@ -4,6 +4,7 @@
 <state>/stack.json  stack.lock          the stack that runs now; the lock is held by its supervisor
 <state>/bundle.json                     trust bundle that attest wrote
 <state>/user/key.pem chain.pem          the user's key (made once, 0600) and present certificate
+<state>/user/signing-key.pem            the owner's signing key (made once, 0600)
 <state>/user/gateway-ca.pem             what `curl --cacert` takes
 <state>/user/broker-log.json            the last checkpoint of the broker's log that was seen
 <state>/platform/                       development root and simulated platform (made once)
@@ -80,6 +81,10 @@ class StateDirectory:
     @property
     def user_key(self) -> Path:
         return self.user / "key.pem"
+
+    @property
+    def signing_key(self) -> Path:
+        return self.user / "signing-key.pem"
 
     @property
     def user_chain(self) -> Path:

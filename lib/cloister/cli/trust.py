@@ -16,7 +16,8 @@ from cloister.identity import Role
 
 if TYPE_CHECKING:
     from cloister.cli.session import Session
-    from cloister.guest.owner import OwnerKeyClient, VerifiedService
+    from cloister.guest.owner import VerifiedService
+    from cloister.guest.ownerkeys import OwnerKeyClient
 
 _TRUSTED: Final = ("attest", "keybroker")  # attest names the workloads, the keybroker holds the keys
 
@@ -60,11 +61,17 @@ async def owner_keys(session: Session) -> OwnerKeyClient:
     Its log must go on from what was seen of it before: a store that was put back may hold revoked policies.
     """
     from cloister.cli.auditlog import look_at_log
-    from cloister.guest.owner import OwnerKeyClient
+    from cloister.cli.signer import signing_key
+    from cloister.guest.ownerkeys import OwnerKeyClient
 
     verified = (await verify_services(session))["keybroker"]
     await look_at_log(session)
-    return OwnerKeyClient(session.credentials, session.stack.endpoint("keybroker"), verified=verified)
+    return OwnerKeyClient(
+        session.credentials,
+        session.stack.endpoint("keybroker"),
+        signing_key=signing_key(session.state),
+        verified=verified,
+    )
 
 
 def evidence_rows(verified: dict[str, VerifiedService]) -> Sequence[ServiceEvidence]:

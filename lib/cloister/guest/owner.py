@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an owner does from a machine of its own: verify a service before trusting it, and hold keys at the broker.
+"""What an owner does from a machine of its own before it trusts a service: verify its evidence, pin its certificate.
 
-`verify_service` is protocol A, 1 and 2: the caller's nonce, a quote verified here and not by anybody else, the
-expected code, and the TLS leaf on this very connection pinned to the quoted key.
+`verify_service_evidence` is protocol A, 1 and 2: the caller's nonce, a quote verified here and not by anybody else,
+the expected code, and the TLS leaf on this very connection pinned to the quoted key.
 """
 
 from __future__ import annotations
@@ -11,37 +11,29 @@ import asyncio
 import secrets
 import socket
 import ssl
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Final
 
 import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from cloister.api.common.v1 import evidence_pb2, evidence_pb2_grpc
-from cloister.api.keybroker.v1 import keybroker_pb2, keybroker_pb2_grpc
 from cloister.errors import CloisterError, Code
 from cloister.guest.evidence import Checklist, EvidenceRefused, EvidenceVerifier, Expected, VerifiedEvidence, short
-from cloister.guest.keys import PURPOSES
-from cloister.guest.receipt import fetch_receipt_key, open_answer, refuse
-from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
-from cloister.identity import Role, SpiffeId, dns_name
-from cloister.protocol import NONCE_SIZE, ReleaseBinding
+from cloister.identity import Role, dns_name
+from cloister.protocol import NONCE_SIZE
 from cloister.runtime.address import split_address
-from cloister.runtime.channel import invoke, open_channel
-from cloister.runtime.credentials import CredentialSource, StaticCredentials, TlsMaterial, load_own_chain
+from cloister.runtime.channel import invoke
+from cloister.runtime.credentials import CredentialSource, TlsMaterial, load_own_chain
 from cloister.runtime.limits import Limits
 from cloister.runtime.options import channel_options
 from cloister.runtime.pem import read_leaf
-from cloister.sealed.datakey import DataKey
 from cloister.tdx.check import Check
-from cloister.tlv import sha384
 
 _CALL_TIMEOUT_S: Final = 20.0
-OWNER_PURPOSES: Final = {**PURPOSES, "export": keybroker_pb2.PURPOSE_EXPORT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,151 +98,6 @@ async def verify_service_evidence(
             todo="give it no data; compare the installed release with the one that is expected",
         ) from None
     return VerifiedService(role, endpoint, evidence, checklist.checks, leaf_pem)
-
-
-class OwnerKeyClient:
-    """An owner's keys at the broker. With `verified`, only that very broker is spoken to."""
-
-    def __init__(
-        self, credentials: CredentialSource, endpoint: str, *, verified: VerifiedService | None = None
-    ) -> None:
-        self._credentials = credentials
-        self._endpoint = endpoint
-        self._verified = verified
-
-    async def create_key(self, uri: str, *, purposes: Sequence[str], policy_yaml: bytes = b"") -> keybroker_pb2.Key:
-        """Create a key for purposes of OWNER_PURPOSES; without a policy nothing is released with it yet."""
-        request = keybroker_pb2.CreateKeyRequest(uri=uri, purposes=_purposes(purposes), policy_yaml=policy_yaml)
-        return await self._key("CreateKey", request, f"create the key {uri}")
-
-    async def show(self, uri: str) -> keybroker_pb2.Key:
-        """Return one key of the caller's tenant."""
-        return await self._key("GetKey", keybroker_pb2.GetKeyRequest(uri=uri), f"show the key {uri}")
-
-    async def list(self) -> list[keybroker_pb2.Key]:
-        """Return all keys of the caller's tenant."""
-        keys: list[keybroker_pb2.Key] = []
-        request = keybroker_pb2.ListKeysRequest()
-        while True:
-            response: keybroker_pb2.ListKeysResponse = await self._call("ListKeys", request, "list the keys")
-            keys += response.keys
-            if not response.next_page_token:
-                return keys
-            request.page_token = response.next_page_token
-
-    async def enable(self, uri: str) -> keybroker_pb2.Key:
-        """Let a key be used again."""
-        return await self._key("EnableKey", keybroker_pb2.EnableKeyRequest(uri=uri), f"enable the key {uri}")
-
-    async def disable(self, uri: str) -> keybroker_pb2.Key:
-        """Stop every use of a key."""
-        return await self._key("DisableKey", keybroker_pb2.DisableKeyRequest(uri=uri), f"disable the key {uri}")
-
-    async def put_policy(self, uri: str, policy_yaml: bytes) -> keybroker_pb2.Key:
-        """Put the successor of the release policy in force."""
-        request = keybroker_pb2.PutReleasePolicyRequest(uri=uri, policy_yaml=policy_yaml)
-        return await self._key("PutReleasePolicy", request, f"put the policy of {uri} in force")
-
-    async def policy(self, uri: str) -> keybroker_pb2.GetReleasePolicyResponse:
-        """Return the release policy in force."""
-        request = keybroker_pb2.GetReleasePolicyRequest(uri=uri)
-        response: keybroker_pb2.GetReleasePolicyResponse = await self._call(
-            "GetReleasePolicy", request, f"show the policy of {uri}"
-        )
-        return response
-
-    async def generate_data_key(self, uri: str) -> DataKey:
-        """Return a new data key, sealed to a key made for this call, to seal with on this machine."""
-        recipient, nonce = HpkeKeyPair.generate(), secrets.token_bytes(NONCE_SIZE)
-        request = keybroker_pb2.GenerateDataKeyRequest(
-            key_uri=uri,
-            client_nonce=nonce,
-            hpke_kem_id=KEM_MLKEM768_X25519,
-            hpke_public_key=recipient.public_bytes,
-        )
-        return await self._data_key("GenerateDataKey", request, recipient, "seal", None)
-
-    async def open_data_key(self, uri: str, *, key_version: int, wrapped: bytes) -> DataKey:
-        """Return a data key again, from the header of a sealed object; the key must allow export."""
-        recipient, nonce = HpkeKeyPair.generate(), secrets.token_bytes(NONCE_SIZE)
-        request = keybroker_pb2.OpenDataKeyRequest(
-            key_uri=uri,
-            key_version=key_version,
-            wrapped=wrapped,
-            client_nonce=nonce,
-            hpke_kem_id=KEM_MLKEM768_X25519,
-            hpke_public_key=recipient.public_bytes,
-        )
-        return await self._data_key("OpenDataKey", request, recipient, "export", request)
-
-    async def _data_key(
-        self,
-        method: str,
-        request: keybroker_pb2.GenerateDataKeyRequest | keybroker_pb2.OpenDataKeyRequest,
-        recipient: HpkeKeyPair,
-        purpose: str,
-        existing: keybroker_pb2.OpenDataKeyRequest | None,
-    ) -> DataKey:
-        # One generation of credentials for the whole exchange: the receipt names the certificate.
-        material = self._credentials.current()
-        async with self._channel(material) as channel:
-            stub = keybroker_pb2_grpc.KeyOwnerServiceStub(channel)
-            what = f"get a data key of {request.key_uri}"
-            response = await invoke(getattr(stub, method), request, timeout_s=_CALL_TIMEOUT_S, what=what)
-            if self._verified is not None:
-                receipt_spki = self._verified.evidence.receipt_spki_der
-            else:
-                receipt_spki = await fetch_receipt_key(channel, caller=material.spiffe_id)
-        answer: keybroker_pb2.SealedDataKey = response.data_key
-        if existing is not None and answer.key_version != existing.key_version:
-            refuse("the answer is under another version of the key than the one asked for")
-        binding = ReleaseBinding(
-            key_uri=request.key_uri,
-            key_version=answer.key_version,
-            purpose=purpose,
-            policy_digest=b"",
-            evidence_digest=sha384(read_leaf(material.chain_pem).der),
-            client_nonce=request.client_nonce,
-            broker_nonce=b"",
-            broker_id=str(SpiffeId.service(material.spiffe_id.trust_domain, Role.KEYBROKER)),
-            wrapped_digest=sha384(answer.wrapped if existing is None else existing.wrapped),
-        )
-        received = open_answer(
-            answer, response.receipt, binding=binding, recipient=recipient, receipt_spki_der=receipt_spki
-        )
-        return received.data_key
-
-    async def _key(self, method: str, request: Any, what: str) -> keybroker_pb2.Key:
-        response = await self._call(method, request, what)
-        key: keybroker_pb2.Key = response.key
-        return key
-
-    async def _call(self, method: str, request: Any, what: str) -> Any:
-        async with self._channel(self._credentials.current()) as channel:
-            stub = keybroker_pb2_grpc.KeyOwnerServiceStub(channel)
-            return await invoke(getattr(stub, method), request, timeout_s=_CALL_TIMEOUT_S, what=what)
-
-    @asynccontextmanager
-    async def _channel(self, material: TlsMaterial) -> AsyncIterator[Any]:
-        if self._verified is not None:
-            async with pinned_channel(self._endpoint, Role.KEYBROKER, material, self._verified.leaf_pem) as channel:
-                yield channel
-        else:
-            credentials = StaticCredentials(material)
-            async with open_channel(self._endpoint, role=Role.KEYBROKER, credentials=credentials) as channel:
-                yield channel
-
-
-def _purposes(names: Sequence[str]) -> list[keybroker_pb2.Purpose.ValueType]:
-    unknown = [name for name in names if name not in OWNER_PURPOSES]
-    if unknown:
-        raise CloisterError(
-            Code.ARGUMENT_INVALID,
-            what=f"{unknown[0]!r} is not a purpose of a key",
-            why=f"purposes are {', '.join(OWNER_PURPOSES)}",
-            todo="choose from these",
-        )
-    return [OWNER_PURPOSES[name] for name in names]
 
 
 def _leaf_at(endpoint: str, role: Role, material: TlsMaterial) -> bytes:

@@ -74,13 +74,28 @@ def check_answer(
         refuse("the answer is about another key than the one asked for")
     if not secrets.compare_digest(sha384(answer.wrapped), binding.wrapped_digest):
         refuse("the answer carries another wrapped key than the one asked for")
+    return check_receipt(receipt, binding=binding, sealed=answer.sealed, receipt_spki_der=receipt_spki_der, terms=terms)
+
+
+def check_receipt(
+    receipt: keybroker_pb2.Receipt,
+    *,
+    binding: ReleaseBinding,
+    sealed: bytes,
+    receipt_spki_der: bytes,
+    terms: LeaseTerms = _NO_LEASE,
+) -> bytes:
+    """Check that the broker signed this binding and this sealed value; return what it signed.
+
+    Raises CloisterError(RECEIPT_INVALID).
+    """
     key = load_ed25519_spki(receipt_spki_der)
     if key is None or not secrets.compare_digest(receipt.receipt_spki_der, receipt_spki_der):
         refuse("the receipt is under another key than the broker's evidence names")
     if len(receipt.log_id) != _LOG_ID_SIZE or len(receipt.root) != _ROOT_SIZE:
         refuse("the receipt names no log, or no root of it")
     message = binding.receipt_message(
-        sealed=answer.sealed, terms=terms, log_id=receipt.log_id, index=receipt.index, root=receipt.root
+        sealed=sealed, terms=terms, log_id=receipt.log_id, index=receipt.index, root=receipt.root
     )
     try:
         key.verify(receipt.signature, message)

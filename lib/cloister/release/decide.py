@@ -132,6 +132,7 @@ _ADVICE: Final[dict[str, tuple[Code, str]]] = {
         "have approvers sign for this job with cloister policy approve, and submit what they signed",
     ),
     "key.state": (Code.KEY_DISABLED, "the key's owner enables it"),
+    "dataset.version": (Code.RELEASE_DENIED, "run over the newest version of the data set that its owner published"),
     "data_key": (Code.WRAPPED_KEY_INVALID, "use the wrapped key from the header of an object sealed with this key"),
 }
 

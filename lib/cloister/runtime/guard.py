@@ -4,7 +4,7 @@
 In this order, for each call:
   1. a request id, the caller's or a new one, bound for logs and for calls to other services
   2. the caller, from the certificate; absent, expired or ambiguous is a refusal
-  3. the caller table: role against method; a method without a row is for nobody
+  3. the caller's quota, if there is one; the caller table: role against method; a method without a row is for nobody
   4. the handler, under the caller's deadline or the server's cap, whichever is nearer
   5. CloisterError becomes google.rpc.Status; anything else is logged and becomes INTERNAL without its text
   6. one log line and the metrics: method, caller, code, duration; never a payload
@@ -16,7 +16,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, TypeAlias
@@ -31,6 +31,7 @@ from cloister.runtime.credentials import CredentialSource
 from cloister.runtime.limits import Limits
 from cloister.runtime.logging import get_logger
 from cloister.runtime.metrics import RpcMetrics
+from cloister.runtime.quota import IdentityQuota
 from cloister.runtime.status import internal_error, to_status
 
 CallerTable: TypeAlias = Mapping[str, frozenset[Role]]
@@ -49,6 +50,7 @@ class Guard:
     anonymous: bool  # enrolment: TLS authenticates the server only, and the table says which methods that opens
     limits: Limits
     metrics: RpcMetrics
+    quota: IdentityQuota | None = None  # of each caller; health is free
     watchers: set[asyncio.Task[Any]] = field(default_factory=set)  # health watches never end by themselves
     released: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -125,9 +127,11 @@ class _Method:
         request_id = bind_request_id(_metadata(context, REQUEST_ID_KEY))
         structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
-            self._admit(context, outcome)
-            async with timer:
-                yield
+            self._identify(context, outcome)
+            with self._quota(outcome):
+                self._admit(outcome)
+                async with timer:
+                    yield
             outcome.code = _code_set_by_handler(context)
         except grpc.aio.AbortError:  # the handler has sent its own status
             outcome.code = _code_set_by_handler(context)
@@ -147,19 +151,29 @@ class _Method:
         finally:
             self._report(outcome, time.monotonic() - started)
 
-    def _admit(self, context: _Context, outcome: _Outcome) -> None:
-        allowed = self.guard.callers.get(self.path)
+    def _identify(self, context: _Context, outcome: _Outcome) -> None:
         if self.guard.anonymous:
             bind_caller(None)
-            if allowed is None:
-                raise _not_allowed(self.path, "an anonymous caller")
             return
         bundle = self.guard.credentials.current().bundle
         caller = caller_of_grpc(context.auth_context(), context.peer(), bundle, datetime.now(UTC))
         outcome.caller = caller
         bind_caller(caller)
-        if caller.spiffe_id.role not in (allowed or ()):
-            raise _not_allowed(self.path, f"the role {caller.spiffe_id.role}")
+
+    def _admit(self, outcome: _Outcome) -> None:
+        allowed = self.guard.callers.get(self.path)
+        if self.guard.anonymous:
+            if allowed is None:
+                raise _not_allowed(self.path, "an anonymous caller")
+            return
+        role = outcome.caller.spiffe_id.role if outcome.caller else None
+        if role not in (allowed or ()):
+            raise _not_allowed(self.path, f"the role {role}")
+
+    def _quota(self, outcome: _Outcome) -> AbstractContextManager[None]:
+        if self.guard.quota is None or outcome.caller is None or self.service in _QUIET_SERVICES:
+            return nullcontext()
+        return self.guard.quota.admitted(str(outcome.caller.spiffe_id))
 
     def _time_allowed(self, context: _Context) -> float:
         streaming = self.request_streaming or self.response_streaming

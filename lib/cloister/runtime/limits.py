@@ -13,6 +13,8 @@ class Limits:
     # The largest message of the wire is evidence: a 64 KiB quote and a 1 MiB event log. A message is decoded before
     # the caller table is consulted (gRPC Python offers no earlier place), so a bigger default would be a gift.
     max_message_bytes: int = 4 * 1024 * 1024
+    # What a server takes in, where that is less than what it may answer with; None: the same.
+    max_request_bytes: int | None = None
     # Default of gRPC's soft limit; rich errors and request ids fit many times over.
     max_metadata_bytes: int = 16 * 1024
     # Beyond this the server answers RESOURCE_EXHAUSTED at once instead of queueing without end.

@@ -14,6 +14,7 @@ def server_options(limits: Limits) -> Options:
     """Return the arguments of a server."""
     return [
         *_common(limits, limits.server_keepalive_s, limits.server_ping_timeout_s),
+        ("grpc.max_receive_message_length", limits.max_request_bytes or limits.max_message_bytes),
         # Without this a second server on the same port starts, and takes half of the connections.
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", limits.max_streams_per_connection),
@@ -29,6 +30,7 @@ def channel_options(limits: Limits, target_name: str) -> Options:
     """Return the arguments of a channel to the server whose certificate names `target_name`."""
     return [
         *_common(limits, limits.keepalive_s, limits.ping_timeout_s),
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.ssl_target_name_override", target_name),
         ("grpc.default_authority", target_name),
         # A proxy named in the environment would be the operator's, and breaks loopback.
@@ -45,7 +47,6 @@ def channel_options(limits: Limits, target_name: str) -> Options:
 
 def _common(limits: Limits, keepalive_s: float, ping_timeout_s: float) -> Options:
     return [
-        ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
         ("grpc.max_metadata_size", limits.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),

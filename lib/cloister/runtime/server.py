@@ -20,6 +20,7 @@ from cloister.runtime.limits import Limits
 from cloister.runtime.logging import get_logger
 from cloister.runtime.metrics import RpcMetrics
 from cloister.runtime.options import server_options
+from cloister.runtime.quota import IdentityQuota
 from cloister.runtime.reflection import reflection_handlers
 
 
@@ -48,6 +49,7 @@ class GrpcServer:
         services: Sequence[Mounted],
         callers: CallerTable,
         limits: Limits | None = None,
+        quota: IdentityQuota | None = None,
         health: HealthState | None = None,
         metrics: RpcMetrics | None = None,
         reflection: bool | None = None,
@@ -74,6 +76,7 @@ class GrpcServer:
             anonymous=anonymous,
             limits=self._limits,
             metrics=self.metrics,
+            quota=quota,
         )
         self._handlers = {name: guard.wrap(name, methods) for name, methods in {**mounted, **extra}.items()}
         self._server: grpc.aio.Server | None = None

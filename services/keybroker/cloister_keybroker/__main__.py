@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from cloister import hpke
 from cloister.errors import EXIT_CODE, CloisterError, Code
@@ -25,15 +25,17 @@ from cloister.identity import Role
 from cloister.runtime.config import load_measured_config
 from cloister.runtime.health import HealthState
 from cloister.runtime.host import serving
+from cloister.runtime.limits import Limits
 from cloister.runtime.logging import configure
 from cloister.runtime.main import run_service
 from cloister.runtime.metrics import RpcMetrics
+from cloister.runtime.quota import IdentityQuota
 from cloister.runtime.server import GrpcServer
 from cloister_keybroker.assembly import Watching, assembled, opened_backends
 from cloister_keybroker.backends.watch import backend_gauge
 from cloister_keybroker.brokerservice import CALLERS as OPERATOR_CALLERS
 from cloister_keybroker.brokerservice import mounted_operations
-from cloister_keybroker.config import STORE_FILE, Config
+from cloister_keybroker.config import STORE_FILE, Config, KeybrokerSection
 from cloister_keybroker.gate import BROKER_SERVICE, Gate
 from cloister_keybroker.logservice import CALLERS as LOG_CALLERS
 from cloister_keybroker.restore import restore
@@ -42,6 +44,9 @@ from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.service import CALLERS, RELEASE_SERVICE
 from cloister_keybroker.store import KeyStore
 from cloister_keybroker.vault import State, Vault
+
+# A policy in its envelope has 128 KiB at most, a token 16 KiB; nothing that anybody sends here is longer than both.
+LIMITS: Final = Limits(max_request_bytes=256 * 1024)
 
 
 async def serve(config_path: Path, stop: asyncio.Event) -> None:
@@ -75,6 +80,8 @@ async def serve(config_path: Path, stop: asyncio.Event) -> None:
                 credentials=identity,
                 services=[*gate.mounted(), operations, mounted_evidence(identity)],
                 callers={**CALLERS, **LOG_CALLERS, **OPERATOR_CALLERS, **EVIDENCE_CALLERS},
+                limits=LIMITS,
+                quota=_quota(config.keybroker),
                 health=health,
                 metrics=metrics,
             )
@@ -88,6 +95,10 @@ async def serve(config_path: Path, stop: asyncio.Event) -> None:
             await identity.aclose()
     finally:
         await vault.aclose()
+
+
+def _quota(section: KeybrokerSection) -> IdentityQuota:
+    return IdentityQuota(per_s=section.calls_per_s, burst=section.calls_burst, at_once=section.calls_at_once)
 
 
 def init(argv: Sequence[str]) -> int:

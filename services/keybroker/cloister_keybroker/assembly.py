@@ -18,9 +18,13 @@ from cloister_keybroker.answers import ReceiptSigner
 from cloister_keybroker.backends.factory import Backends, open_backends
 from cloister_keybroker.backends.watch import BackendWatch
 from cloister_keybroker.config import Config
+from cloister_keybroker.datakeys import DataKeyDesk
+from cloister_keybroker.desk import Office
+from cloister_keybroker.destruction import DestructionDesk
 from cloister_keybroker.logservice import mounted_log
 from cloister_keybroker.moving import Mover
 from cloister_keybroker.owners import OwnerDesk
+from cloister_keybroker.ownerservice import Desks
 from cloister_keybroker.rootkey import RootKey
 from cloister_keybroker.service import mounted
 from cloister_keybroker.store import KeyStore
@@ -58,7 +62,8 @@ async def assembled(
     receipt = identity.guest.keys.receipt
     log_key = await store.begin_life(receipt, identity.spiffe_id, time_ms=int(_now().timestamp() * 1000))
     signer = ReceiptSigner(receipt, log_id=log_key.log_id)
-    owners = OwnerDesk(store=store, backend=backends, signer=signer, broker_id=str(identity.spiffe_id), clock=_now)
+    office = Office(store, backends, signer, identity.spiffe_id, _now)
+    desks = Desks(OwnerDesk(office, hpke=identity.guest.keys.hpke), DataKeyDesk(office), DestructionDesk(office))
     releases = ReleaseDesk(
         store=store,
         backend=backends,
@@ -70,8 +75,8 @@ async def assembled(
     watch = BackendWatch(backends.all(), on_change=watching.on_change, gauge=watching.gauge)
     await watch.look()
     mover = Mover(store, backends, caller=str(identity.spiffe_id), clock=_now)
-    async with in_background(watch.keep_looking(), mover.keep_up()):
-        yield [*mounted(owners, releases), *mounted_log(store, log_key)]
+    async with in_background(watch.keep_looking(), mover.keep_up(), desks.destruction.keep_carrying_out()):
+        yield [*mounted(desks, releases), *mounted_log(store, log_key)]
 
 
 @asynccontextmanager

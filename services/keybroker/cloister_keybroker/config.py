@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, BeforeValidator, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from cloister.errors import CloisterError
 from cloister.identity import Role, SpiffeId
@@ -56,6 +56,10 @@ class KeybrokerSection(ConfigModel):
     # Where new keys go, and where older ones still are: docs/keybroker-backends.md.
     backend: BackendText = "embedded:"
     former_backends: tuple[BackendText, ...] = ()
+    # What one identity may ask: a second, at a time, in flight. A decision costs a millisecond and a kilobyte of log.
+    calls_per_s: float = Field(default=50.0, gt=0, le=10_000)
+    calls_burst: int = Field(default=500, gt=0, le=100_000)
+    calls_at_once: int = Field(default=64, gt=0, le=1000)
 
     @field_validator("operators")
     @classmethod

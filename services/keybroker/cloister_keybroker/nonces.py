@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nonces of BeginRelease: 32 bytes, once, for 60 seconds, for one caller, key and purpose.
+"""Nonces of BeginRelease and BeginImport: 32 bytes, once, for 60 seconds, for one caller and one use.
 
 They live in memory: a restart forgets them, and callers begin again.
 """
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
 from cloister.identity import SpiffeId
-from cloister.keyuri import KeyUri
 from cloister.protocol import NONCE_SIZE
-from cloister.release.keys import Purpose
 
 LIFE: Final = timedelta(seconds=60)
 MAX_PER_CALLER: Final = 64  # a rank opens a handful of directories at once; more is a broken or hostile caller
@@ -26,8 +24,7 @@ MAX_TOTAL: Final = 20_000  # about 10 MiB
 @dataclass(frozen=True, slots=True)
 class _Given:
     caller: SpiffeId
-    key: KeyUri
-    purpose: Purpose
+    use: Hashable  # what it may be used for, such as a key and a purpose
     expires: datetime
 
 
@@ -39,7 +36,7 @@ class NonceBook:
         self._given: OrderedDict[bytes, _Given] = OrderedDict()  # oldest first, so expiry is at the front
         self._of_caller: dict[SpiffeId, OrderedDict[bytes, None]] = {}
 
-    def give(self, caller: SpiffeId, key: KeyUri, purpose: Purpose, now: datetime) -> bytes:
+    def give(self, caller: SpiffeId, use: Hashable, now: datetime) -> bytes:
         """Return a new nonce; when a caller or the book is full its oldest makes room."""
         while self._given:
             oldest = next(iter(self._given))
@@ -50,11 +47,11 @@ class NonceBook:
         if len(mine) >= MAX_PER_CALLER:
             self._remove(next(iter(mine)))
         nonce = self._random(NONCE_SIZE)
-        self._given[nonce] = _Given(caller, key, purpose, now + LIFE)
+        self._given[nonce] = _Given(caller, use, now + LIFE)
         self._of_caller.setdefault(caller, OrderedDict())[nonce] = None
         return nonce
 
-    def take(self, nonce: bytes, caller: SpiffeId, key: KeyUri, purpose: Purpose, now: datetime) -> str:
+    def take(self, nonce: bytes, caller: SpiffeId, use: Hashable, now: datetime) -> str:
         """Use a nonce up; return what is wrong with it, or nothing.
 
         Another caller's nonce is left alone, so that nobody can use up someone else's; one's own is gone after the
@@ -66,7 +63,7 @@ class NonceBook:
         self._remove(nonce)
         if given.expires <= now:
             return "a nonce that has expired"
-        if (given.key, given.purpose) != (key, purpose):
+        if given.use != use:
             return "a nonce for another key or purpose"
         return ""
 

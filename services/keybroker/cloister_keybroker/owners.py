@@ -1,128 +1,117 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What owners do with their keys. The owner is the identity that created the key; the tenant is its certificate's.
+"""What owners do with their keys: create, import, rotate, retire, enable, disable; put and withdraw policies.
 
-Users of the same tenant may see a key; only its owner changes or uses it. A key of another tenant is not looked up at
-all, so it cannot be told from one that does not exist.
+A key belongs to the identity that created it, and to the signing key that its provisioning statement names: a
+certificate lets its holder ask, but a new key and a new policy need that key's signature as well.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Final
 
 from cloister.errors import CloisterError, Code
-from cloister.identity import SpiffeId
+from cloister.hpke import HpkeError, HpkeKeyPair
 from cloister.keyuri import KeyUri
 from cloister.policyblocks import digest_text
-from cloister.protocol import ReleaseBinding
+from cloister.protocol import ReleaseBinding, import_info
+from cloister.provisioning import Provisioning, SignedPolicy
 from cloister.release.blocks import Block
 from cloister.release.cases import check_cases
 from cloister.release.keys import KeyState, Purpose
-from cloister.release.policy import ReleasePolicy, parse_policy
+from cloister.release.policy import ReleasePolicy
+from cloister.secret import SecretBytes
 from cloister.tlv import sha384
-from cloister.transparency.entry import Entry
-from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient, check_wrapped, key_not_found
-from cloister_keybroker.backends import KeyBackend, KeyRef
+from cloister_keybroker.answers import Receipt, argument_error
+from cloister_keybroker.backends import WRAPPING_KEY_SIZE, KeyRef
+from cloister_keybroker.desk import Desk, Office, Owner
 from cloister_keybroker.keys import KeyRecord, KeyVersion
-from cloister_keybroker.store import KeyStore
-from cloister_keybroker.transaction import ListedKey, StoredKey, StoredPolicy, Transaction
+from cloister_keybroker.log import LogPlace
+from cloister_keybroker.nonces import NonceBook
+from cloister_keybroker.transaction import ListedKey, StoredPolicy, Transaction
 
-MAX_PAGE: Final = 1000
+# A start reads and authenticates every key: 50,000 take about two seconds.
+MAX_KEYS: Final = 50_000  # of one tenant
+# Every change of state goes to the back end for each version: a rotation a day for more than a year.
+MAX_VERSIONS: Final = 400  # of one key
+MAX_SEALED: Final = 4096  # bytes of sealed key material; ours are 1,168
+_IMPORT: Final = "import"  # what a nonce of BeginImport is for
 
 
 @dataclass(frozen=True, slots=True)
-class Owner:
-    """The authenticated user behind a call."""
+class NewKey:
+    """A key as its owner asks for it; envelopes are JSON, `policy` is empty when nothing shall be released yet."""
 
-    spiffe_id: SpiffeId
-    certificate_der: bytes
-    channel: str
-    request_id: str = ""
+    uri: KeyUri
+    purposes: frozenset[Purpose]
+    policy: bytes
+    provisioning: bytes
 
 
-class OwnerDesk:
-    """Create keys, put policies, hand data keys to their owner."""
+class OwnerDesk(Desk):
+    """Keys and their policies."""
 
-    def __init__(
-        self,
-        *,
-        store: KeyStore,
-        backend: KeyBackend,
-        signer: ReceiptSigner,
-        broker_id: str,
-        clock: Callable[[], datetime],
-    ) -> None:
-        self._store = store
-        self._backend = backend
-        self._signer = signer
-        self._broker_id = broker_id
-        self._clock = clock
-        # A change reads, asks the back end, then writes: changes go one after the other so that none is lost.
-        self._changing = asyncio.Lock()
+    def __init__(self, office: Office, *, hpke: HpkeKeyPair, nonces: NonceBook | None = None) -> None:
+        super().__init__(office)
+        self._hpke = hpke
+        self._nonces = nonces or NonceBook()
 
-    async def create(self, owner: Owner, uri: KeyUri, purposes: Iterable[Purpose], policy_yaml: bytes) -> KeyRecord:
+    @property
+    def hpke_public_key(self) -> bytes:
+        """The key that imported material is sealed to: the one in the broker's evidence."""
+        return self._hpke.public_bytes
+
+    async def create(self, owner: Owner, new: NewKey) -> KeyRecord:
         """Create a key with its first version, and put its policy in force when there is one."""
-        wanted = frozenset(purposes)
-        if not wanted:
-            raise CloisterError(
-                Code.ARGUMENT_INVALID,
-                what="a key without a purpose is of no use",
-                why="purposes is empty",
-                todo=f"name some of: {', '.join(Purpose)}",
-            )
-        if uri.tenant != owner.spiffe_id.tenant:
-            block = Block("key.tenant", False, owner.spiffe_id.tenant, uri.tenant)
-            await self._log(owner, "create-key", str(uri), block)
-            raise CloisterError(
-                Code.CALLER_NOT_ALLOWED,
-                what=f"{uri} is not yours to create",
-                why=f"your certificate is of the tenant {owner.spiffe_id.tenant}",
-                todo=f"name it cloister-key://{owner.spiffe_id.tenant}/...",
-            )
-        record = KeyRecord(
-            uri=uri,
-            owner=str(owner.spiffe_id),
-            signer="",
-            state=KeyState.ENABLED,
-            purposes=wanted,
-            created_ms=self._now_ms(),
-        )
-        if policy_yaml:
-            policy = _policy_for(record, policy_yaml)
-            check_cases(policy, self._clock())
-            _check_successor(record, policy)
-            record = replace(record, policy_version=policy.version, policy_digest=policy.digest)
+        record, policy = await self._provisioned(owner, "create-key", new, sealed_digest=b"", nonce=b"")
         handle = await self._backend.create(KeyRef.of(record, 1))
-        version = KeyVersion(1, handle, self._backend.name, record.created_ms)
-
-        def work(transaction: Transaction) -> None:
-            if transaction.key(uri) is not None:
-                raise CloisterError(
-                    Code.KEY_EXISTS,
-                    what=f"{uri} exists",
-                    why="a key's name is taken once and for all",
-                    todo="use it, or choose another name",
-                )
-            transaction.insert_key(record, version)
-            if policy_yaml:
-                transaction.insert_policy(uri, record.policy_version, StoredPolicy(policy_yaml, b""))
-            transaction.append(self._change(owner, "create-key", record), time_ms=record.created_ms)
-
-        async with self._changing:
-            await self._store.write(work)
+        await self._insert(owner, "create-key", record, handle, policy)
         return record
 
-    async def get(self, owner: Owner, uri: KeyUri, *, version: int = 0) -> StoredKey:
-        """Return a key of the caller's tenant, with its policy."""
-        stored = None
-        if uri.tenant == owner.spiffe_id.tenant:
-            stored = await self._store.read(lambda transaction: transaction.key(uri, version=version))
-        if stored is None:
-            raise key_not_found(str(uri))
-        return stored
+    def begin_import(self, owner: Owner) -> bytes:
+        """Return a nonce for `import_key`."""
+        return self._nonces.give(owner.spiffe_id, _IMPORT, self._office.clock())
+
+    async def import_key(self, owner: Owner, new: NewKey, *, sealed: bytes, nonce: bytes) -> Receipt:
+        """Create a key from material (32 bytes) that its owner sealed to this broker; return a receipt for it."""
+        if not 0 < len(sealed) <= MAX_SEALED:
+            raise argument_error("sealed", f"{len(sealed)} bytes", f"1 to {MAX_SEALED} bytes")
+        problem = self._nonces.take(nonce, owner.spiffe_id, _IMPORT, self._office.clock())
+        if problem:
+            raise CloisterError(
+                Code.NONCE_UNKNOWN,
+                what=f"{new.uri} is not imported",
+                why=f"got {problem}",
+                todo="call BeginImport again and use its nonce once, within 60 s",
+            )
+        record, policy = await self._provisioned(owner, "import-key", new, sealed_digest=sha384(sealed), nonce=nonce)
+        record = replace(record, imported=True)
+        info = import_info(
+            key_uri=str(new.uri), key_version=record.newest, policy_digest=record.policy_digest, nonce=nonce
+        )
+        try:
+            secret: SecretBytes = self._hpke.open(sealed, info=info)
+        except HpkeError:
+            raise argument_error(
+                "sealed", "what this broker cannot open", "sealed to the key of its evidence, over this nonce"
+            ) from None
+        if len(secret) != WRAPPING_KEY_SIZE:
+            raise argument_error("sealed", f"{len(secret)} bytes in it", f"{WRAPPING_KEY_SIZE} bytes of key material")
+        handle = await self._backend.import_key(KeyRef.of(record, record.newest), secret)
+        place = await self._insert(owner, "import-key", record, handle, policy)
+        binding = ReleaseBinding(
+            key_uri=str(new.uri),
+            key_version=record.newest,
+            purpose=_IMPORT,
+            policy_digest=record.policy_digest,
+            evidence_digest=sha384(owner.certificate_der),
+            client_nonce=b"",
+            broker_nonce=nonce,
+            broker_id=str(self._office.broker_id),
+            wrapped_digest=b"",
+        )
+        return self._office.signer.sign(binding, sealed=sealed, place=place)
 
     async def list(self, owner: Owner, *, after: str, limit: int) -> Sequence[ListedKey]:
         """Return up to `limit` keys of the caller's tenant, by URI, behind `after`."""
@@ -131,205 +120,209 @@ class OwnerDesk:
     async def set_state(self, owner: Owner, uri: KeyUri, state: KeyState) -> KeyRecord:
         """Enable or disable a key; nothing changes when it already is."""
         action = "enable" if state is KeyState.ENABLED else "disable"
-        async with self._changing:
-            stored = await self._owned(owner, uri, action)
-            if stored.record.state is state:
-                return stored.record
-            record = replace(stored.record, state=state)
-            versions = [
-                replace(
-                    version,
-                    handle=await self._backend.restate(KeyRef.of(stored.record, version.number), version.handle, state),
-                )
-                for version in await self._store.read(lambda transaction: transaction.versions(stored.record))
-            ]
-
-            def work(transaction: Transaction) -> None:
-                transaction.update_key(record)
-                for version in versions:
-                    transaction.put_version(uri, version)
-                transaction.append(self._change(owner, action, record), time_ms=self._now_ms())
-
-            await self._store.write(work)
+        async with self._office.changing(uri):
+            before = await self._changeable(owner, uri, action, KeyState.ENABLED, KeyState.DISABLED)
+            if before.state is state:
+                return before
+            record = replace(before, state=state)
+            await self._restate(owner, action, before, record)
         return record
 
-    async def put_policy(self, owner: Owner, uri: KeyUri, policy_yaml: bytes) -> KeyRecord:
-        """Put a policy in force: the successor of the present one, by version and digest."""
-        async with self._changing:
-            stored = await self._owned(owner, uri, "put-policy")
-            policy = _policy_for(stored.record, policy_yaml)
-            check_cases(policy, self._clock())
-            try:
-                _check_successor(stored.record, policy)
-            except CloisterError as error:
-                # An attempt to roll a policy back is worth remembering.
-                block = Block("policy.version", False, _successor_text(stored.record), error.why)
-                await self._log(owner, "put-policy", str(uri), block)
-                raise
-            record = replace(stored.record, policy_version=policy.version, policy_digest=policy.digest)
-
-            def work(transaction: Transaction) -> None:
-                transaction.insert_policy(uri, policy.version, StoredPolicy(policy_yaml, b""))
-                transaction.update_key(record)
-                transaction.append(self._change(owner, "put-policy", record), time_ms=self._now_ms())
-
-            await self._store.write(work)
+    async def rotate(self, owner: Owner, uri: KeyUri) -> KeyRecord:
+        """Make a new version; older ones still open what they wrapped."""
+        async with self._office.changing(uri):
+            before = await self._changeable(owner, uri, "rotate", KeyState.ENABLED, KeyState.DISABLED)
+            if before.newest >= MAX_VERSIONS:
+                raise _quota(f"{uri} gets no further version", f"it has {MAX_VERSIONS}, as many as a key can have")
+            record = replace(before, newest=before.newest + 1)
+            handle = await self._backend.create(KeyRef.of(record, record.newest))
+            version = KeyVersion(record.newest, handle, self._backend.name, self._office.now_ms())
+            await self._made(record, handle, self._change(owner, "rotate", record, version))
         return record
 
-    async def generate(self, owner: Owner, uri: KeyUri, recipient: Recipient) -> DataKeyAnswer:
-        """Make a data key under the newest version, to seal with on the owner's own machine."""
-        recipient.check()
-        stored = await self._usable(owner, uri, "generate", "seal", version=0, export=False)
-        version = stored.record.newest
-        fresh = await self._backend.generate(KeyRef.of(stored.record, version), stored.material().handle)
-        binding = self._binding(owner, uri, version, "seal", recipient, fresh.wrapped)
-        return await self._answer(owner, "generate", binding, recipient.seal(fresh.secret, binding), fresh.wrapped)
+    async def retire(self, owner: Owner, uri: KeyUri, min_version: int) -> KeyRecord:
+        """Let versions before `min_version` open nothing any more, for good."""
+        async with self._office.changing(uri):
+            before = await self._changeable(owner, uri, "retire", KeyState.ENABLED, KeyState.DISABLED)
+            if before.min_version == min_version:
+                return before
+            if not before.min_version < min_version <= before.newest:
+                wanted = f"{before.min_version} to {before.newest}: it never goes down"
+                raise argument_error("min_version", str(min_version), wanted)
+            record = replace(before, min_version=min_version)
+            await self._change(owner, "retire", record)
+        return record
 
-    async def open(
-        self, owner: Owner, uri: KeyUri, version: int, wrapped: bytes, recipient: Recipient
-    ) -> DataKeyAnswer:
-        """Unwrap a data key for the owner's own machine; the key must have been created with purpose export."""
-        recipient.check()
-        check_wrapped(wrapped)
-        stored = await self._usable(owner, uri, "open", "export", version=version, export=True)
-        ref = KeyRef.of(stored.record, version)
-        try:
-            secret = await self._backend.unwrap(ref, stored.material().handle, wrapped)
-        except CloisterError as error:
-            if error.code is Code.WRAPPED_KEY_INVALID:
-                await self._log(owner, "open", str(uri), Block("data_key", False, "wrapped under this version", "not"))
-            raise
-        binding = self._binding(owner, uri, version, "export", recipient, wrapped)
-        return await self._answer(owner, "open", binding, recipient.seal(secret, binding), wrapped)
-
-    async def _owned(self, owner: Owner, uri: KeyUri, action: str, version: int = 0) -> StoredKey:
-        """Return a key that the caller owns; log and refuse otherwise."""
-        try:
-            stored = await self.get(owner, uri, version=version)
-        except CloisterError as error:
-            if error.code is Code.KEY_NOT_FOUND:
-                await self._log(owner, action, str(uri), Block("key", False, "a key of this tenant", "none"))
-            raise
-        if stored.record.owner != str(owner.spiffe_id):
-            await self._log(
-                owner, action, str(uri), Block("key.owner", False, stored.record.owner, str(owner.spiffe_id))
+    async def put_policy(self, owner: Owner, uri: KeyUri, envelope: bytes) -> KeyRecord:
+        """Put a policy in force: signed by the key's signer, the successor of the newest one by version and digest."""
+        async with self._office.changing(uri):
+            before = await self._changeable(
+                owner, uri, "put-policy", KeyState.ENABLED, KeyState.DISABLED, KeyState.DESTRUCTION_SCHEDULED
             )
+            signed = _signed_policy(envelope)
+            _check_subject(before, signed.policy)
+            check_cases(signed.policy, self._office.clock())
+            try:
+                _check_signer(before, signed)
+                _check_successor(before, signed.policy)
+            except CloisterError as error:
+                # An attempt to change or roll back a policy is worth remembering.
+                name, wanted = (
+                    ("policy.version", _successor_text(before))
+                    if error.code is Code.POLICY_VERSION
+                    else ("policy.signer", before.signer)
+                )
+                await self._deny(owner, "put-policy", uri, Block(name, False, wanted, error.why))
+                raise
+            record = replace(
+                before,
+                policy_version=signed.policy.version,
+                policy_digest=signed.policy.digest,
+                policy_withdrawn=False,
+            )
+
+            def work(transaction: Transaction) -> None:
+                transaction.insert_policy(uri, signed.policy.version, StoredPolicy(signed.yaml, signed.envelope))
+                transaction.update_key(record)
+                transaction.append(self._entry(owner, "put-policy", record), time_ms=self._office.now_ms())
+
+            await self._store.write(work)
+        return record
+
+    async def withdraw_policy(self, owner: Owner, uri: KeyUri) -> KeyRecord:
+        """Release nothing until a signed successor of the policy is put in force."""
+        async with self._office.changing(uri):
+            before = await self._changeable(
+                owner, uri, "withdraw-policy", KeyState.ENABLED, KeyState.DISABLED, KeyState.DESTRUCTION_SCHEDULED
+            )
+            if before.policy_withdrawn or before.policy_version == 0:
+                return before
+            record = replace(before, policy_withdrawn=True)
+            await self._change(owner, "withdraw-policy", record)
+        return record
+
+    async def _provisioned(
+        self, owner: Owner, action: str, new: NewKey, *, sealed_digest: bytes, nonce: bytes
+    ) -> tuple[KeyRecord, SignedPolicy | None]:
+        """Check what the owner signed about a new key; return its record to be, and its policy."""
+        if not new.purposes:
+            raise argument_error("purposes", "none", f"some of: {', '.join(Purpose)}")
+        if new.uri.tenant != owner.spiffe_id.tenant:
+            block = Block("key.tenant", False, owner.spiffe_id.tenant, new.uri.tenant)
+            await self._deny(owner, action, new.uri, block)
             raise CloisterError(
                 Code.CALLER_NOT_ALLOWED,
-                what=f"{uri} is not yours to use or change",
-                why=f"it belongs to {stored.record.owner}",
-                todo="ask its owner",
+                what=f"{new.uri} is not yours to create",
+                why=f"your certificate is of the tenant {owner.spiffe_id.tenant}",
+                todo=f"name it cloister-key://{owner.spiffe_id.tenant}/...",
             )
-        return stored
+        try:
+            statement = _statement(new)
+            policy = _signed_policy(new.policy) if new.policy else None
+            record = KeyRecord(
+                uri=new.uri,
+                owner=str(owner.spiffe_id),
+                signer=statement.signer,
+                state=KeyState.ENABLED,
+                purposes=new.purposes,
+                created_ms=self._office.now_ms(),
+                policy_version=policy.policy.version if policy else 0,
+                policy_digest=policy.policy.digest if policy else b"",
+            )
+            asked = Provisioning(
+                uri=record.uri,
+                owner=record.owner,
+                signer=record.signer,
+                purposes=record.purposes,
+                policy_digest=record.policy_digest,
+                sealed_digest=sealed_digest,
+                nonce=nonce,
+            )
+            _check_statement(statement, asked)
+            if policy is not None:
+                _check_signer(record, policy)
+        except CloisterError as error:
+            if error.code is Code.SIGNATURE_INVALID:
+                block = Block("provisioning", False, "signed by the owner for this request", error.why)
+                await self._deny(owner, action, new.uri, block)
+            raise
+        if policy is not None:
+            _check_subject(record, policy.policy)
+            check_cases(policy.policy, self._office.clock())
+            _check_successor(replace(record, policy_version=0, policy_digest=b""), policy.policy)
+        await self._store.read(lambda transaction: _check_free(transaction, new.uri))
+        return record, policy
 
-    async def _usable(
-        self, owner: Owner, uri: KeyUri, action: str, purpose: str, *, version: int, export: bool
-    ) -> StoredKey:
-        """Return an owned, enabled key with the version (0: the newest); for export it has the version and purpose."""
-        stored = await self._owned(owner, uri, action, version)
-        record = stored.record
-        blocks = [Block("key.state", record.state is KeyState.ENABLED, KeyState.ENABLED.value, record.state.value)]
-        errors = {"key.state": (Code.KEY_DISABLED, "enable it: cloister key enable")}
-        if export:
-            purposes = ", ".join(sorted(record.purposes))
-            blocks.append(Block("key.purposes", Purpose.EXPORT in record.purposes, Purpose.EXPORT.value, purposes))
-            blocks.append(Block("key.version", 1 <= version <= record.newest, f"1 to {record.newest}", str(version)))
-            errors["key.purposes"] = (Code.RELEASE_DENIED, "only keys created with purpose export open outside a TD")
-            errors["key.version"] = (Code.WRAPPED_KEY_INVALID, "use the version from the header of the sealed object")
-        failed = next((block for block in blocks if not block.ok), None)
-        if failed is None:
-            return stored
-        await self._log(owner, action, str(uri), *blocks)
-        code, todo = errors[failed.name]
+    async def _insert(
+        self, owner: Owner, action: str, record: KeyRecord, handle: bytes, policy: SignedPolicy | None
+    ) -> LogPlace:
+        """Store a new key; what the back end made for a name that is taken is destroyed again."""
+        version = KeyVersion(record.newest, handle, self._backend.name, record.created_ms)
+
+        def work(transaction: Transaction) -> LogPlace:
+            _check_free(transaction, record.uri)  # again: another request may have been faster
+            transaction.insert_key(record, version)
+            if policy is not None:
+                transaction.insert_policy(record.uri, record.policy_version, StoredPolicy(policy.yaml, policy.envelope))
+            return transaction.append(self._entry(owner, action, record), time_ms=record.created_ms)
+
+        return await self._made(record, handle, self._store.write(work))
+
+
+def _signed_policy(envelope: bytes) -> SignedPolicy:
+    if not envelope:
         raise CloisterError(
-            code,
-            what=f"{uri} gives no data key to {purpose}: block {failed.name}",
-            why=f"wanted {failed.wanted}; got {failed.got}",
-            todo=todo,
+            Code.SIGNATURE_INVALID,
+            what="a release policy is put in force with its owner's signature only",
+            why="policy_envelope is empty",
+            todo="sign it: cloister policy sign",
         )
+    return SignedPolicy.verified(envelope)
 
-    def _binding(
-        self, owner: Owner, uri: KeyUri, version: int, purpose: str, recipient: Recipient, wrapped: bytes
-    ) -> ReleaseBinding:
-        return ReleaseBinding(
-            key_uri=str(uri),
-            key_version=version,
-            purpose=purpose,
-            policy_digest=b"",
-            evidence_digest=sha384(owner.certificate_der),
-            client_nonce=recipient.client_nonce,
-            broker_nonce=b"",
-            broker_id=self._broker_id,
-            wrapped_digest=sha384(wrapped),
+
+def _statement(new: NewKey) -> Provisioning:
+    if not new.provisioning:
+        raise CloisterError(
+            Code.SIGNATURE_INVALID,
+            what=f"{new.uri} is not created without its owner's signature",
+            why="provisioning is empty",
+            todo="sign a provisioning statement: cloister key create does",
         )
+    return Provisioning.verified(new.provisioning)
 
-    async def _answer(
-        self, owner: Owner, action: str, binding: ReleaseBinding, sealed: bytes, wrapped: bytes
-    ) -> DataKeyAnswer:
-        """Make the grant durable, then sign its receipt; the key may have changed since it was looked at."""
-        uri = KeyUri.parse(binding.key_uri)
-        entry = Entry(
-            action=action,
-            tenant=owner.spiffe_id.tenant,
-            key_uri=binding.key_uri,
-            caller=str(owner.spiffe_id),
-            granted=True,
-            blocks=(Block("key.owner", True, str(owner.spiffe_id), str(owner.spiffe_id)),),
-            key_version=binding.key_version,
-            purpose=binding.purpose,
-            channel=owner.channel,
-            evidence_digest=binding.evidence_digest,
-            wrapped_digest=binding.wrapped_digest,
-            request_id=owner.request_id,
+
+def _check_statement(statement: Provisioning, asked: Provisioning) -> None:
+    """Raise SIGNATURE_INVALID unless what was signed is what is asked for."""
+    for field in fields(Provisioning):
+        if getattr(statement, field.name) != getattr(asked, field.name):
+            raise CloisterError(
+                Code.SIGNATURE_INVALID,
+                what=f"what the owner signed is not what is asked for: {field.name}",
+                why=f"signed {_text(getattr(statement, field.name))}, asked {_text(getattr(asked, field.name))}",
+                todo="sign the statement for this very request",
+            )
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.hex() or "none"
+    return ", ".join(sorted(value)) if isinstance(value, frozenset) else str(value)
+
+
+def _check_free(transaction: Transaction, uri: KeyUri) -> None:
+    if transaction.key(uri) is not None:
+        raise CloisterError(
+            Code.KEY_EXISTS,
+            what=f"{uri} exists",
+            why="a key's name is taken once and for all",
+            todo="use it, or choose another name",
         )
-
-        def work(transaction: Transaction) -> DataKeyAnswer:
-            now = transaction.key(uri)
-            if now is None or now.record.state is not KeyState.ENABLED:
-                raise CloisterError(Code.KEY_DISABLED, what=f"{uri} was disabled meanwhile", todo="enable it")
-            place = transaction.append(entry, time_ms=self._now_ms())
-            return DataKeyAnswer(sealed, wrapped, binding, self._signer.sign(binding, sealed=sealed, place=place))
-
-        return await self._store.write(work)
-
-    def _change(self, owner: Owner, action: str, record: KeyRecord) -> Entry:
-        return Entry(
-            action=action,
-            tenant=owner.spiffe_id.tenant,
-            key_uri=str(record.uri),
-            caller=str(owner.spiffe_id),
-            granted=True,
-            blocks=(Block("key.owner", True, record.owner, str(owner.spiffe_id)),),
-            key_version=record.newest,
-            channel=owner.channel,
-            policy_digest=record.policy_digest,
-            evidence_digest=sha384(owner.certificate_der),
-            record_digest=record.digest(),
-            request_id=owner.request_id,
-        )
-
-    async def _log(self, owner: Owner, action: str, key_uri: str, *blocks: Block) -> None:
-        """Make a denial durable."""
-        entry = Entry(
-            action=action,
-            tenant=owner.spiffe_id.tenant,
-            key_uri=key_uri,
-            caller=str(owner.spiffe_id),
-            granted=False,
-            blocks=blocks,
-            channel=owner.channel,
-            evidence_digest=sha384(owner.certificate_der),
-            request_id=owner.request_id,
-        )
-        await self._store.write(lambda transaction: transaction.append(entry, time_ms=self._now_ms()))
-
-    def _now_ms(self) -> int:
-        return int(self._clock().timestamp() * 1000)
+    if transaction.count_keys(uri.tenant) >= MAX_KEYS:
+        raise _quota(f"{uri} is not created", f"the tenant has {MAX_KEYS} keys, as many as it can have")
 
 
-def _policy_for(record: KeyRecord, policy_yaml: bytes) -> ReleasePolicy:
-    """Parse a policy and check that it is about this key and of its owner."""
-    policy = parse_policy(policy_yaml)
+def _check_subject(record: KeyRecord, policy: ReleasePolicy) -> None:
+    """Check that a policy is about this key and of its owner."""
     for place, wanted, got in (
         ("spec.key.uri", str(record.uri), str(policy.key)),
         ("metadata.owner", record.owner, policy.owner),
@@ -341,22 +334,36 @@ def _policy_for(record: KeyRecord, policy_yaml: bytes) -> ReleasePolicy:
                 why=f"wanted {wanted}",
                 todo=f"write {wanted}",
             )
-    return policy
+
+
+def _check_signer(record: KeyRecord, signed: SignedPolicy) -> None:
+    """Raise SIGNATURE_INVALID unless the signer of the key has signed, whoever else has."""
+    if record.signer not in signed.signers:
+        raise CloisterError(
+            Code.SIGNATURE_INVALID,
+            what=f"the policy is not signed by the owner of {record.uri}",
+            why=f"its signer is {record.signer}; signed by {', '.join(sorted(signed.signers))}",
+            todo="sign it with the key that signed when the key was created",
+        )
 
 
 def _check_successor(record: KeyRecord, policy: ReleasePolicy) -> None:
-    """Raise POLICY_VERSION unless the policy follows the one in force: no gap, no way back, no fork."""
+    """Raise POLICY_VERSION unless the policy follows the newest one: no gap, no way back, no fork."""
     if (policy.version, policy.previous) == (record.policy_version + 1, record.policy_digest):
         return
     got = f"version {policy.version}" + (f", previous {digest_text(policy.previous)}" if policy.previous else "")
     raise CloisterError(
         Code.POLICY_VERSION,
-        what=f"the policy does not follow the one in force for {record.uri}",
+        what=f"the policy does not follow the newest one of {record.uri}",
         why=f"wanted {_successor_text(record)}; got {got}",
-        todo="read the policy in force, and write its successor",
+        todo="read the newest policy, and write its successor",
     )
 
 
 def _successor_text(record: KeyRecord) -> str:
     text = f"version {record.policy_version + 1}"
     return f"{text}, previous {digest_text(record.policy_digest)}" if record.policy_version else text
+
+
+def _quota(what: str, why: str) -> CloisterError:
+    return CloisterError(Code.KEY_QUOTA, what=what, why=why, todo="ask the operator, or use what there is")

@@ -81,7 +81,7 @@ CREATE TABLE publications (
   dataset_id TEXT NOT NULL,
   version INTEGER NOT NULL,
   manifest_digest BLOB NOT NULL,
-  wrapped_digest BLOB NOT NULL,
+  data_key_digest BLOB NOT NULL,
   PRIMARY KEY (uri, number)
 ) STRICT, WITHOUT ROWID;
 """

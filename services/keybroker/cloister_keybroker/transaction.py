@@ -51,7 +51,7 @@ class ListedKey:
     """A key and its newest version."""
 
     record: KeyRecord
-    version: KeyVersion | None  # None: its material is destroyed
+    backend: str  # of its newest version; empty when its material is destroyed
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,11 @@ class StoredKey:
     def policy_yaml(self) -> bytes:
         """The policy in force; empty when there is none, or it is withdrawn."""
         return b"" if self.policy is None or self.record.policy_withdrawn else self.policy.yaml
+
+    @property
+    def backend(self) -> str:
+        """The back end of the version that was asked for; empty when it is not there."""
+        return self.version.backend if self.version else ""
 
     def material(self) -> KeyVersion:
         """Return the version that was asked for; raise KEY_DISABLED or WRAPPED_KEY_INVALID when it is not there."""
@@ -117,7 +122,8 @@ class Transaction:
             f"{_SELECT} WHERE tenant = ? AND uri > ? ORDER BY uri LIMIT ?", (tenant, after, limit)
         )
         records = [self._record(row) for row in rows]
-        return [ListedKey(record, self._version(record, record.newest)) for record in records]
+        newest = [(record, self._version(record, record.newest)) for record in records]
+        return [ListedKey(record, version.backend if version else "") for record, version in newest]
 
     def count_keys(self, tenant: str) -> int:
         """Count a tenant's keys, destroyed ones among them."""
@@ -194,7 +200,7 @@ class Transaction:
                 publication.dataset_id,
                 publication.version,
                 publication.manifest_digest,
-                publication.wrapped_digest,
+                publication.data_key_digest,
             ),
         )
 
@@ -205,7 +211,7 @@ class Transaction:
             self._registries.move_to_end(record.published)
             return found
         rows = self._connection.execute(
-            "SELECT dataset_id, version, manifest_digest, wrapped_digest FROM publications WHERE uri = ?"
+            "SELECT dataset_id, version, manifest_digest, data_key_digest FROM publications WHERE uri = ?"
             " ORDER BY number",
             (str(record.uri),),
         )

@@ -8,7 +8,7 @@ durable transaction -> sign the receipt -> answer. What is denied is appended th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -38,6 +38,7 @@ from cloister_keybroker.answers import (
     key_not_found,
 )
 from cloister_keybroker.backends import FreshDataKey, KeyBackend, KeyRef
+from cloister_keybroker.datasets import Registry, version_block
 from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.log import LogPlace
 from cloister_keybroker.nonces import NonceBook
@@ -151,14 +152,14 @@ class ReleaseDesk:
             fresh = (
                 isinstance(found, Ear) and found.certificate_sha256 == mine and release.fresh_enough(found, policy, now)
             )
-        nonce = self._nonces.give(workload.peer.spiffe_id, uri, purpose, now)
+        nonce = self._nonces.give(workload.peer.spiffe_id, (uri, purpose), now)
         return Begun(nonce, stored.record.policy_version, stored.record.policy_digest, fresh)
 
     async def release(self, workload: Workload, asked: Asked) -> Released:
         """Return a data key; raise the denial when any block does not hold."""
         asked.check()
         now = self._clock()
-        problem = self._nonces.take(asked.broker_nonce, workload.peer.spiffe_id, asked.key, asked.purpose, now)
+        problem = self._nonces.take(asked.broker_nonce, workload.peer.spiffe_id, (asked.key, asked.purpose), now)
         found = self._verify(asked.token, now)
         for _ in range(_ATTEMPTS):
             stored = await self._find(workload, asked.key, asked.key_version)
@@ -220,7 +221,9 @@ class ReleaseDesk:
             if newest is None or newest.record != record:
                 return _Changed()
             past = transaction.released_to_job(uri=asked.key, job=job, policy_digest=record.policy_digest)
-            decision = Decision((*decide(past, approvers(transaction) if asks else frozenset()).blocks, *grounds))
+            newest_version = _version(transaction.registry(record), data_key, asked, found)
+            approved = approvers(transaction) if asks else frozenset()
+            decision = Decision((*decide(past, approved).blocks, *grounds, *newest_version))
             entry = self._entry(workload, asked, decision, binding)
             # Only authentic tokens are kept, for replays of other policies: no policy grants anything on others.
             token = asked.token if isinstance(found, Ear) else ""
@@ -314,6 +317,16 @@ class ReleaseDesk:
             request_id=workload.request_id,
         )
         await self._store.write(lambda transaction: transaction.append(entry, time_ms=_ms(self._clock())))
+
+
+def _version(
+    registry: Registry, data_key: FreshDataKey | None, asked: Asked, found: Ear | TokenRejected
+) -> Iterable[Block]:
+    """Check that a data key of a published data set goes only to who measured the newest version of it."""
+    if data_key is not None and asked.wrapped and isinstance(found, Ear):
+        block = version_block(registry.demanded(data_key.secret), found.workload.datasets)
+        if block is not None:
+            yield block
 
 
 def policy_in_force(stored: StoredKey) -> ReleasePolicy | None:

@@ -569,6 +569,7 @@ class OpenDataKeyRequest(_message.Message):
     HPKE_KEM_ID_FIELD_NUMBER: _builtins.int
     HPKE_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
     MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
+    AUTHORIZATION_FIELD_NUMBER: _builtins.int
     key_uri: _builtins.str
     key_version: _builtins.int
     wrapped: _builtins.bytes
@@ -577,6 +578,8 @@ class OpenDataKeyRequest(_message.Message):
     hpke_public_key: _builtins.bytes
     manifest_digest: _builtins.bytes
     """SHA-384 of the manifest that the caller is about to open, 48 bytes; empty for a single file."""
+    authorization: _builtins.bytes
+    """DSSE envelope (JSON) over this request, signed by the key's signer."""
     def __init__(
         self,
         *,
@@ -587,10 +590,11 @@ class OpenDataKeyRequest(_message.Message):
         hpke_kem_id: _builtins.int = ...,
         hpke_public_key: _builtins.bytes = ...,
         manifest_digest: _builtins.bytes = ...,
+        authorization: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_nonce", b"client_nonce", "hpke_kem_id", b"hpke_kem_id", "hpke_public_key", b"hpke_public_key", "key_uri", b"key_uri", "key_version", b"key_version", "manifest_digest", b"manifest_digest", "wrapped", b"wrapped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorization", b"authorization", "client_nonce", b"client_nonce", "hpke_kem_id", b"hpke_kem_id", "hpke_public_key", b"hpke_public_key", "key_uri", b"key_uri", "key_version", b"key_version", "manifest_digest", b"manifest_digest", "wrapped", b"wrapped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

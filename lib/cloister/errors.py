@@ -119,6 +119,11 @@ class Code(enum.Enum):
     REFERENCES_REJECTED = CodeInfo(
         1217, Kind.UNAUTHENTIC, "a reference set is not signed by those who have to sign it, or older than one seen"
     )
+    BUNDLE_STALE = CodeInfo(
+        1225, Kind.STATE, "this TD trusts a CA epoch that has ended; it must learn of its successor"
+    )
+    EPOCH_CHANGING = CodeInfo(1218, Kind.STATE, "the CA is changing already, or is sealed")
+    EPOCH_NOT_FOUND = CodeInfo(1219, Kind.NOT_FOUND, "no such CA epoch is trusted now")
     COLLATERAL_EXPIRED = CodeInfo(1220, Kind.STATE, "the collateral of this platform family is past its time")
     COLLATERAL_NOT_YET_VALID = CodeInfo(1221, Kind.STATE, "collateral was issued after what this machine's clock says")
     COLLATERAL_NOT_FOUND = CodeInfo(1222, Kind.NOT_FOUND, "there is no collateral for this platform family")
@@ -131,6 +136,9 @@ class Code(enum.Enum):
     SEALED_ROOT_INVALID = CodeInfo(
         1242, Kind.UNAUTHENTIC, "a sealed root was edited, or does not open under this recovery key"
     )
+    IDENTITY_EXISTS = CodeInfo(1243, Kind.EXISTS, "this identity, or this key, is registered already")
+    IDENTITY_NOT_FOUND = CodeInfo(1244, Kind.NOT_FOUND, "no such identity is registered")
+    REGISTER_DAMAGED = CodeInfo(1245, Kind.INTERNAL, "attest's register of identities was edited by somebody else")
     # 1300: keys
     KEY_NOT_FOUND = CodeInfo(1301, Kind.NOT_FOUND, "no such key of yours")
     KEY_EXISTS = CodeInfo(1302, Kind.EXISTS, "a key of this name exists")

@@ -40,6 +40,8 @@ from cloister.secret import SecretBytes
 from cloister.tlv import sha384
 from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient
+from cloister_keybroker.approvaldesk import ApprovalDesk
+from cloister_keybroker.approvalservice import mounted_approvals
 from cloister_keybroker.backends.embedded import EmbeddedBackend
 from cloister_keybroker.datakeys import DataKeyDesk, WrappedKey
 from cloister_keybroker.desk import Office, Owner
@@ -50,6 +52,8 @@ from cloister_keybroker.logservice import mounted_log
 from cloister_keybroker.nonces import NonceBook
 from cloister_keybroker.owners import NewKey, OwnerDesk
 from cloister_keybroker.ownerservice import Desks
+from cloister_keybroker.policydesk import PolicyDesk
+from cloister_keybroker.policyservice import mounted_policies
 from cloister_keybroker.rootkey import create_root_key, read_root_key
 from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.service import CALLERS, mounted
@@ -360,6 +364,8 @@ async def a_served_broker(directory: Path) -> AsyncIterator[tuple[Broker, str]]:
             credentials=broker.ca.credentials(Role.KEYBROKER),
             services=[
                 *mounted(Desks(broker.owners, broker.data_keys, broker.destruction), broker.releases),
+                *mounted_approvals(ApprovalDesk(broker.store, broker.clock)),
+                *mounted_policies(PolicyDesk(broker.store, broker.ca.credentials(Role.KEYBROKER)), broker.clock),
                 *mounted_log(broker.store, broker.log_key),
             ],
             callers={**CALLERS, **LOG_CALLERS},

@@ -29,6 +29,7 @@ from cloister.cli import (
     policy,
     predict,
     quote,
+    references,
     sealing,
     train,
 )
@@ -52,7 +53,7 @@ def build_app() -> typer.Typer:
     app.add_typer(identity.app, name="identity")
     app.add_typer(keys.app, name="key")
     app.add_typer(broker.app, name="broker")
-    app.add_typer(policy.app, name="policy")
+    app.add_typer(policy.command_group(), name="policy")
     sealing.register(app)
     measure.register(app)
     app.add_typer(train.app, name="train")
@@ -61,6 +62,7 @@ def build_app() -> typer.Typer:
     app.add_typer(quote.app, name="quote")
     app.add_typer(collateral.app, name="collateral")
     app.add_typer(attest.app, name="attest")
+    app.add_typer(references.app, name="references")
     app.add_typer(audit.app, name="audit")
     doctor.register(app)
     demo.register(app)

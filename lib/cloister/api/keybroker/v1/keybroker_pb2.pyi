@@ -1272,6 +1272,7 @@ class ExplainPolicyRequest(_message.Message):
     KEY_URI_FIELD_NUMBER: _builtins.int
     ATTESTATION_RESULT_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    PURPOSE_FIELD_NUMBER: _builtins.int
     policy_yaml: _builtins.bytes
     """Release policy (YAML); empty means the one in force for key_uri."""
     key_uri: _builtins.str
@@ -1279,6 +1280,8 @@ class ExplainPolicyRequest(_message.Message):
     """An attestation result (EAR, JWT); its age is not held against it."""
     index: _builtins.int
     """Index of a logged request."""
+    purpose: Global___Purpose.ValueType
+    """What the bearer of the attestation result would ask for; unspecified: the first that policy and role allow."""
     def __init__(
         self,
         *,
@@ -1286,10 +1289,11 @@ class ExplainPolicyRequest(_message.Message):
         key_uri: _builtins.str = ...,
         attestation_result: _builtins.str = ...,
         index: _builtins.int = ...,
+        purpose: Global___Purpose.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attestation_result", b"attestation_result", "index", b"index", "subject", b"subject"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestation_result", b"attestation_result", "index", b"index", "key_uri", b"key_uri", "policy_yaml", b"policy_yaml", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestation_result", b"attestation_result", "index", b"index", "key_uri", b"key_uri", "policy_yaml", b"policy_yaml", "purpose", b"purpose", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["attestation_result", "index"]  # noqa: Y015
     _WhichOneofArgType_subject: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
@@ -1332,7 +1336,7 @@ class ReplayPolicyRequest(_message.Message):
     since_s: _builtins.int
     """Requests of the last so many seconds; 0 means all."""
     limit: _builtins.int
-    """At most so many requests, newest first; 0 means 1,000."""
+    """At most so many requests, newest first; 0 means 1,000, at most 10,000."""
     def __init__(
         self,
         *,

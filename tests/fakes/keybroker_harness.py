@@ -33,6 +33,8 @@ from cloister.secret import SecretBytes
 from cloister.tlv import sha384
 from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient
+from cloister_keybroker.approvaldesk import ApprovalDesk
+from cloister_keybroker.approvalservice import mounted_approvals
 from cloister_keybroker.backends.embedded import EmbeddedBackend
 from cloister_keybroker.datakeys import DataKeyDesk, WrappedKey
 from cloister_keybroker.desk import Office, Owner
@@ -43,6 +45,8 @@ from cloister_keybroker.logservice import mounted_log
 from cloister_keybroker.nonces import NonceBook
 from cloister_keybroker.owners import NewKey, OwnerDesk
 from cloister_keybroker.ownerservice import Desks
+from cloister_keybroker.policydesk import PolicyDesk
+from cloister_keybroker.policyservice import mounted_policies
 from cloister_keybroker.rootkey import create_root_key, read_root_key
 from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.service import CALLERS, mounted
@@ -305,6 +309,25 @@ class Broker:
         )
         return opened(pair, answer)
 
+    async def resume_key(
+        self, wrapped: bytes, *, uri: KeyUri = KEY, version: int = 1, who: SpiffeId = OWNER, purpose: str = "seal"
+    ) -> SecretBytes:
+        """Open a data key as an owner does who goes on sealing."""
+        pair = HpkeKeyPair.generate()
+        to = recipient(pair)
+        request = OpenRequest(
+            uri=uri,
+            key_version=version,
+            signer=did_key(OWNER_KEY),
+            wrapped_digest=sha384(wrapped),
+            client_nonce=to.client_nonce,
+            recipient_digest=sha384(to.public_key),
+            purpose=purpose,
+        )
+        key = WrappedKey(uri, version, wrapped)
+        answer = await self.data_keys.resume(owner(who), key, to, authorization=request.signed(OWNER_KEY))
+        return opened(pair, answer)
+
     async def log(self, tenant: str = TENANT) -> list[LoggedEntry]:
         """Return a tenant's log, newest first."""
         return await self.store.read(lambda t: t.newest_entries(tenant, key_uri="", limit=1000))
@@ -353,6 +376,8 @@ async def a_served_broker(directory: Path) -> AsyncIterator[tuple[Broker, str]]:
             credentials=broker.ca.credentials(Role.KEYBROKER),
             services=[
                 *mounted(Desks(broker.owners, broker.data_keys, broker.destruction), broker.releases),
+                *mounted_approvals(ApprovalDesk(broker.store, broker.clock)),
+                *mounted_policies(PolicyDesk(broker.store, broker.ca.credentials(Role.KEYBROKER)), broker.clock),
                 *mounted_log(broker.store, broker.log_key),
             ],
             callers={**CALLERS, **LOG_CALLERS},

@@ -6,6 +6,7 @@
 PY := .venv/bin
 DATA ?=
 MODEL ?=
+KMS ?=
 KEEP ?=
 # Extra arguments for pytest, such as ARGS="-k sealed -x".
 ARGS ?=
@@ -16,8 +17,8 @@ help: ## list the targets
 setup: ## make .venv with everything in it (once)
 	@./scripts/setup.sh
 
-demo: setup ## seal data, train on two attested ranks, serve the model (DATA=dir, MODEL=dir, KEEP=1)
-	@$(PY)/cloister --state .cloister/demo demo $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(KEEP),--keep)
+demo: setup ## seal data, train on two attested ranks, serve the model (DATA=dir, MODEL=dir, KMS=ehsm, KEEP=1)
+	@$(PY)/cloister --state .cloister/demo demo $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(KMS),--kms $(KMS)) $(if $(KEEP),--keep)
 
 test: setup node softhsm ## run the tests
 	@$(PY)/pytest -n 2 --dist loadgroup $(ARGS)

@@ -3,8 +3,9 @@
 
     python benchmarks/bench_backends.py [--seconds 2] [--json]
 
-embedded is arithmetic; pkcs11 is SoftHSM2 through its one thread; transit is the server of the tests over TLS, in this
-process, so its own time is in the figure. Compare with embedded of the same run: what counts is the round trip.
+embedded is arithmetic; pkcs11 is SoftHSM2 through its one thread; ehsm (the development server) and transit (the server
+of the tests) are over TLS, in this process, so their own time is in the figure. Compare with embedded of the same run:
+what counts is the round trip.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from cloister.secret import SecretBytes
 from cloister_keybroker.backends import KeyRef
 from cloister_keybroker.backends.factory import open_backends
 from cloister_keybroker.rootkey import RootKey
+from fakes.ehsm_place import EhsmPlace
 from fakes.softhsm_token import SoftToken
 from fakes.transit_server import TransitServer
 
@@ -61,7 +63,8 @@ async def run(seconds: float) -> dict[str, dict[str, dict[str, float]]]:
         stack.callback(token.close)
         server = await stack.enter_async_context(TransitServer())
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        uris = {"embedded": "embedded:", "pkcs11": token.uri, "transit": server.uri}
+        place = await stack.enter_async_context(EhsmPlace(directory / "ehsm"))
+        uris = {"embedded": "embedded:", "ehsm": place.uri, "pkcs11": token.uri, "transit": server.uri}
         return {
             name: {str(n): await measured(uri, directory, seconds, n) for n in (1, 16)} for name, uri in uris.items()
         }

@@ -22,7 +22,7 @@ from cloister.atomicfile import file_error, write_atomically
 from cloister.errors import CloisterError, Code
 from cloister.hpke import PUBLIC_KEY_SIZE, HpkeError, HpkeKeyPair
 from cloister.protocol import share_info
-from cloister.recovery import MAX_SHARES
+from cloister.recovery import MAX_SHARES, MIN_THRESHOLD
 from cloister.secret import SecretBytes
 from cloister.strictjson import Members, StrictJsonError, load
 
@@ -107,6 +107,8 @@ class SealedShare:
             number, count, threshold = (members.integer(name, highest=MAX_SHARES) for name in _NUMBERS)
             sealed = base64.b64decode(members.text("sealed", longest=MAX_FILE), validate=True)
             members.end()
+            if not (1 <= number <= count and MIN_THRESHOLD <= threshold <= count):
+                raise StrictJsonError("numbers that are none of a share")
             return cls(broker, number, count, threshold, sealed)
         except (StrictJsonError, binascii.Error):
             raise CloisterError(

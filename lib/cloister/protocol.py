@@ -14,6 +14,8 @@ from typing import Final
 from cloister.tlv import parse_tlv, sha384, tlv
 
 NONCE_SIZE: Final = 32
+# To whom attest's evidence is addressed before its CA is there. No SPIFFE id, so nobody else takes it.
+RECOVERY_AUDIENCE: Final = "cloister-recovery"
 
 
 def combined_nonce(challenge_nonce: bytes, relying_party_nonce: bytes) -> bytes:
@@ -21,6 +23,11 @@ def combined_nonce(challenge_nonce: bytes, relying_party_nonce: bytes) -> bytes:
     if not relying_party_nonce:
         return challenge_nonce
     return sha384(tlv("cloister-nonce-v1", challenge_nonce, relying_party_nonce))
+
+
+def recovery_share_info(share_set: str, bundle_digest: bytes) -> bytes:
+    """Return the HPKE info of a recovery share on its way to attest: for one set of shares, and one CA."""
+    return tlv("cloister-recovery-share-v1", share_set, bundle_digest)
 
 
 @dataclass(frozen=True, slots=True)

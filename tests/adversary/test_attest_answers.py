@@ -23,6 +23,7 @@ from cloister.guest.keys import KeyClient
 from cloister.guest.owner import verify_service_evidence
 from cloister.guest.ownerkeys import OwnerKeyClient
 from cloister.identity import Role
+from cloister.runtime.bundle import TrustBundle
 from cloister.runtime.channel import invoke, open_channel
 from cloister.runtime.credentials import StaticCredentials
 from cloister.secret import SecretBytes
@@ -90,6 +91,12 @@ class LyingAttest:
         self._spoil(response)
         return response
 
+    async def trust_update(self, sequence: int) -> bytes:
+        return await self._enrolment.trust_update(sequence)
+
+    def follow(self, bundle: TrustBundle) -> None:
+        self._enrolment.follow(bundle)
+
 
 async def test_a_td_refuses_answers_that_are_not_about_itself(attest: LocalAttest) -> None:
     stranger = await attest.enrolment.attest(await attest.request(attest.td(Role.TRAINER)))
@@ -110,6 +117,8 @@ async def test_a_td_refuses_answers_that_are_not_about_itself(attest: LocalAttes
         (lambda r: take(r, earlier, "certificate_chain_pem", "attestation_result"), Code.TOKEN_INVALID),
         (lambda r: take(r, foreign, "attestation_result"), Code.TOKEN_INVALID),
         (lambda r: take(r, foreign, "trust_bundle"), Code.BUNDLE_INVALID),
+        (lambda r: take(r, foreign, "trust_update"), Code.BUNDLE_INVALID),
+        (lambda r: take(r, foreign, "trust_bundle", "trust_update"), Code.BUNDLE_INVALID),
         (lambda r: take(r, attest_pb2.AttestResponse(), "certificate_chain_pem"), Code.TLS_FAILED),
         (lambda r: take(r, attest_pb2.AttestResponse(), "attestation_result"), Code.TOKEN_INVALID),
     ):

@@ -14,9 +14,11 @@ from cloister.errors import CloisterError, Code
 from cloister.identity import Role, SpiffeId
 from cloister.runtime.caller import Caller, bind_caller
 from cloister.runtime.database import Database
+from cloister.secret import SecretBytes
 from cloister_attest.denylist import Denial, DenialKind, DenyList, parse_value
-from cloister_attest.identities import IdentityServicer
 from cloister_attest.registry import MIGRATIONS
+from cloister_attest.tableseal import TableSealer
+from cloister_attest.users import Standing, User
 from fakes.attest_harness import (
     CONFIG,
     ENVIRONMENT,
@@ -35,7 +37,7 @@ OPERATOR = SpiffeId.of_user(TRUST_DOMAIN, tenant="operations", user="olga")
 
 @pytest.fixture
 async def attest() -> AsyncIterator[LocalAttest]:
-    with local_attest() as local:
+    with local_attest(users=[User(OPERATOR, b"\x01" * 32, Standing.OPERATOR, "", None)]) as local:
         await local.registry.register_job(JOB)
         yield local
 
@@ -96,13 +98,17 @@ async def test_a_denied_user_gets_no_certificate(attest: LocalAttest) -> None:
 
 
 async def test_the_list_survives_a_restart_and_the_first_reason_stays(tmp_path: Path, attest: LocalAttest) -> None:
-    database = Database.open(tmp_path / "attest.sqlite", MIGRATIONS)
+    database, key = Database.open(tmp_path / "attest.sqlite", MIGRATIONS), SecretBytes(bytes(32))
+    sealer = TableSealer(database)
+    await sealer.begin(key, 1)
     first = Denial(DenialKind.IDENTITY, RANK, "left the project", str(OPERATOR), attest.clock().replace(microsecond=0))
-    await DenyList(database).add(first)
-    await DenyList(database).add(Denial(DenialKind.IDENTITY, RANK, "other", "somebody", attest.clock()))
+    await DenyList(database, sealer).add(first)
+    await DenyList(database, sealer).add(Denial(DenialKind.IDENTITY, RANK, "other", "somebody", attest.clock()))
     database.close()
     database = Database.open(tmp_path / "attest.sqlite", MIGRATIONS)
-    assert await DenyList(database).all() == [first]
+    sealer = TableSealer(database)
+    await sealer.load(key, 2)
+    assert await DenyList(database, sealer).all() == [first]
     database.close()
 
 
@@ -132,9 +138,7 @@ def test_values_have_one_spelling(kind: DenialKind, text: str, value: str | None
 
 async def test_only_operators_that_are_not_denied_see_and_change_the_list(attest: LocalAttest) -> None:
     await enrol(attest, Role.ATTEST)
-    servicer = IdentityServicer(
-        attest.denials, [str(OPERATOR)], own_facts=lambda: attest.enrolment.own_facts, clock=attest.clock
-    )
+    servicer = attest.identities()
     request = attest_pb2.DenyRequest(kind=attest_pb2.DENIAL_KIND_IDENTITY, value=RANK, reason="left")
 
     async def called_by(who: SpiffeId, method: str, message: Any) -> Any:

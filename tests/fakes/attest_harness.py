@@ -14,13 +14,14 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from cloister.api.attest.v1 import attest_pb2
+from cloister.api.attest.v1 import attest_pb2, attest_pb2_grpc
 from cloister.appraisal.policy import STRICT, TdPolicy
 from cloister.appraisal.references import ReferenceSet
 from cloister.collateral.offline import OfflineCollateral
@@ -32,7 +33,8 @@ from cloister.guest.measure import digest_of_package
 from cloister.identity import Role, SpiffeId
 from cloister.protocol import combined_nonce
 from cloister.runtime.bundle import TrustBundle
-from cloister.runtime.credentials import TlsMaterial
+from cloister.runtime.channel import invoke, open_channel, open_enrolment_channel
+from cloister.runtime.credentials import CredentialSource, StaticCredentials, TlsMaterial
 from cloister.runtime.database import Database
 from cloister.runtime.endpoints import read_endpoints
 from cloister.secret import SecretBytes
@@ -45,11 +47,18 @@ from cloister.tdx.trustroot import TrustRoot
 from cloister.tdx.verifier import Verifier
 from cloister.tdx.workload import BackendClaim, DatasetClaim, RankClaim
 from cloister_attest.appraise import AppraisalPolicy
-from cloister_attest.authority import Authority
+from cloister_attest.ca import WorkloadCa
+from cloister_attest.castate import CaState
 from cloister_attest.denylist import DenyList
 from cloister_attest.enrolment import Enrolment, Terms
+from cloister_attest.epochs import Schedule
+from cloister_attest.identities import Callers, IdentityServicer
+from cloister_attest.issued import IssuedRegister
 from cloister_attest.registry import MIGRATIONS, Registry
 from cloister_attest.results import td_policy_digest
+from cloister_attest.revocation import Revocation
+from cloister_attest.tableseal import TableSealer
+from cloister_attest.users import Standing, User, UserRegister
 from cloister_attest.verdicts import Verdicts
 from cloister_attest.workloads import Backend, Job
 from cloister_sim.platform import SimulatedPlatform, SimulatedTd
@@ -61,6 +70,7 @@ ENVIRONMENT = b"\x12" * 48
 SCRIPT = b"\x13" * 48
 CONFIG = b"\x14" * 48
 MANIFEST = b"\x15" * 48
+SCHEDULE = Schedule()
 JOB = Job("j-1", "hospital-a", 2, SCRIPT, CONFIG)
 BACKEND = Backend("hospital-a", "reviews", "b-0", SCRIPT, CONFIG)
 
@@ -134,26 +144,38 @@ class LocalAttest:
         policy: TdPolicy = STRICT,
         references: Sequence[ReferenceSet] = (),
         quotes: Callable[[TrustRoot], Verifier] | None = None,
+        users: Sequence[User] = (),
+        schedule: Schedule = SCHEDULE,
     ) -> None:
         self.clock = Clock()
         self.platform = SimulatedPlatform.create(directory / "platform")
-        self.authority = Authority(trust_domain, now=self.clock())
         self.database = Database.open(directory / "attest.sqlite", MIGRATIONS)
+        self.state = CaState.begin(trust_domain, now=self.clock())
+        self.sealer = TableSealer(self.database)
+        self.database.write_sync(lambda connection: self.sealer.take(
+            connection, self.state.register_key, self.state.epochs.generation, present=False
+        ))  # fmt: skip
+        self.issued = IssuedRegister(self.database)
+        self.ca = WorkloadCa(self.state, issued=self.issued, sealer=self.sealer, schedule=schedule, clock=self.clock)
+        self.revocation = Revocation(self.ca, self.issued)
         self.registry = Registry(self.database)
         self.verdicts = Verdicts(self.database, limit=kept_verdicts, grounds_limit=kept_bundles)
-        self.denials = DenyList(self.database)
+        self.denials = DenyList(self.database, self.sealer)
         self.source = PlatformCollateral(self.platform, self.clock)
         self.verifier = EvidenceVerifier(
             self.root, self.source, policy=policy, references=references, quotes=quotes and quotes(self.root)
         )
         self.user_key = ec.generate_private_key(ec.SECP256R1())
         self.user_id = SpiffeId.of_user(trust_domain, tenant="hospital-a", user="alice")
+        alice = User(self.user_id, hashlib.sha256(spki(self.user_key)).digest(), Standing.USER, "", None)
+        self.users = UserRegister(self.database, self.sealer, [alice, *users])
         services = {role: frozenset({SCRIPT}) for role in Role if role.is_service}
         self.enrolment = Enrolment(
-            authority=self.authority,
+            ca=self.ca,
             policy=AppraisalPolicy(trust_domain, self.bundle.digest, services, td_policy_digest(self.verifier)),
             verifier=self.verifier,
-            users={hashlib.sha256(spki(self.user_key)).digest(): self.user_id},
+            users=self.users,
+            issued=self.issued,
             registry=self.registry,
             verdicts=self.verdicts,
             denials=self.denials,
@@ -168,7 +190,15 @@ class LocalAttest:
 
     @property
     def bundle(self) -> TrustBundle:
-        return self.authority.bundle
+        return self.ca.bundle
+
+    def callers(self) -> Callers:
+        return Callers(self.users, self.denials)
+
+    def identities(self) -> IdentityServicer:
+        """The RPCs about users and denials, without their port."""
+        return IdentityServicer(self.callers(), self.users, self.denials, self.enrolment, self.revocation,
+                                own_facts=lambda: self.enrolment.own_facts, clock=self.clock)  # fmt: skip
 
     @property
     def root(self) -> TrustRoot:
@@ -274,8 +304,10 @@ def spki(key: ec.EllipticCurvePrivateKey) -> bytes:
 class AttestProcess:
     """`python -m cloister_attest` on a `python -m cloister_sim`, as `cloister dev up` starts them."""
 
-    def __init__(self, directory: Path, **attest_options: int) -> None:
+    def __init__(self, directory: Path, *, ca: str = "", **attest_options: int) -> None:
+        """`ca` is the text of the section [ca]; `attest_options` are lines of [attest]."""
         self.directory = directory
+        self.ca = ca
         self.socket = directory / "platform.sock"
         self.bundle_file = directory / "bundle.json"
         self.endpoints_file = directory / "attest.endpoints.json"
@@ -324,6 +356,7 @@ class AttestProcess:
             f'endpoints_file = "{self.endpoints_file.name}"\n'
             f'[guest]\nprovider = "simulated:{self.socket}"\n'
             f'[attest]\nbundle_file = "{self.bundle_file.name}"\n{options}'
+            f"[ca]\n{self.ca}\n"
             '[collateral]\nsource = "offline:platform/collateral"\n'
             f'[[trust_roots]]\npath = "platform/root.pem"\nsimulated = true\n{services}'
             f'[[users]]\nspiffe_id = "{self.user_id}"\nspki_sha256 = "{fingerprint}"\noperator = true\n'
@@ -358,6 +391,22 @@ class AttestProcess:
         _, errors = await asyncio.wait_for(process.communicate(), 30)
         return process.returncode or 0, errors.decode()
 
+    async def user(self, key: ec.EllipticCurvePrivateKey | None = None) -> StaticCredentials:
+        """Fetch a certificate for the user of the configuration, who is an operator, or for another key."""
+        key = key or self.user_key
+        async with open_enrolment_channel(self.endpoints["enrolment"], bundle=self.bundle) as channel:
+            method = attest_pb2_grpc.EnrolmentServiceStub(channel).IssueUserCertificate
+            request = attest_pb2.IssueUserCertificateRequest(csr_der=csr(key))
+            response = await invoke(method, request, timeout_s=10, what="get a certificate")
+        return StaticCredentials(user_material(key, response.certificate_chain_pem, self.bundle))
+
+    async def call(self, service: str, method: str, request: object, who: CredentialSource | None = None) -> Any:
+        """Call attest over mutual TLS, as its operator unless told otherwise."""
+        credentials = who or await self.user()
+        async with open_channel(self.endpoints["grpc"], role=Role.ATTEST, credentials=credentials) as channel:
+            stub = getattr(attest_pb2_grpc, f"{service}Stub")(channel)
+            return await invoke(getattr(stub, method), request, timeout_s=10, what=method)
+
     def launch(self) -> Guest:
         return Guest.open(f"simulated:{self.socket}")
 
@@ -382,10 +431,10 @@ class AttestProcess:
 
 
 @asynccontextmanager
-async def attest_process(**attest_options: int) -> AsyncIterator[AttestProcess]:
+async def attest_process(*, ca: str = "", **attest_options: int) -> AsyncIterator[AttestProcess]:
     """Run platform and attest for a test. In a directory of its own: a socket's path must be short."""
     with tempfile.TemporaryDirectory(prefix="clo-") as directory:
-        attest = AttestProcess(Path(directory), **attest_options)
+        attest = AttestProcess(Path(directory), ca=ca, **attest_options)
         try:
             await attest.start_platform()
             attest.write_config()

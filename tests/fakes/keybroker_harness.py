@@ -1,17 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole key broker in one process: real store, real cryptography, a test CA in place of attest.
-
-`python keybroker_harness.py STORE ROOT_KEY` runs one that creates, uses and disables keys without end and prints each
-acknowledged operation, for a parent that kills it.
-"""
+"""A whole key broker in one process: real store, real cryptography, a test CA in place of attest."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import secrets
-import sys
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,7 +18,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from cloister.didkey import did_key
 from cloister.ear import Ear, issue
-from cloister.errors import CloisterError
 from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
 from cloister.identity import Role, SpiffeId
 from cloister.keyuri import KeyUri
@@ -33,13 +26,15 @@ from cloister.protocol import LeaseTerms
 from cloister.provisioning import OpenRequest
 from cloister.release.approvals import ReleaseApproval
 from cloister.release.decide import Peer
-from cloister.release.keys import KeyState, Purpose
+from cloister.release.keys import Purpose
 from cloister.runtime.pem import read_leaf
 from cloister.runtime.server import GrpcServer
 from cloister.secret import SecretBytes
 from cloister.tlv import sha384
 from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient
+from cloister_keybroker.approvaldesk import ApprovalDesk
+from cloister_keybroker.approvalservice import mounted_approvals
 from cloister_keybroker.backends import KeyBackend
 from cloister_keybroker.backends.embedded import EmbeddedBackend
 from cloister_keybroker.datakeys import DataKeyDesk, WrappedKey
@@ -51,6 +46,8 @@ from cloister_keybroker.logservice import mounted_log
 from cloister_keybroker.nonces import NonceBook
 from cloister_keybroker.owners import NewKey, OwnerDesk
 from cloister_keybroker.ownerservice import Desks
+from cloister_keybroker.policydesk import PolicyDesk
+from cloister_keybroker.policyservice import mounted_policies
 from cloister_keybroker.rootkey import RootKey, create_root_key, read_root_key
 from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.service import CALLERS, mounted
@@ -320,6 +317,25 @@ class Broker:
         )
         return opened(pair, answer)
 
+    async def resume_key(
+        self, wrapped: bytes, *, uri: KeyUri = KEY, version: int = 1, who: SpiffeId = OWNER, purpose: str = "seal"
+    ) -> SecretBytes:
+        """Open a data key as an owner does who goes on sealing."""
+        pair = HpkeKeyPair.generate()
+        to = recipient(pair)
+        request = OpenRequest(
+            uri=uri,
+            key_version=version,
+            signer=did_key(OWNER_KEY),
+            wrapped_digest=sha384(wrapped),
+            client_nonce=to.client_nonce,
+            recipient_digest=sha384(to.public_key),
+            purpose=purpose,
+        )
+        key = WrappedKey(uri, version, wrapped)
+        answer = await self.data_keys.resume(owner(who), key, to, authorization=request.signed(OWNER_KEY))
+        return opened(pair, answer)
+
     async def log(self, tenant: str = TENANT) -> list[LoggedEntry]:
         """Return a tenant's log, newest first."""
         return await self.store.read(lambda t: t.newest_entries(tenant, key_uri="", limit=1000))
@@ -370,6 +386,8 @@ async def a_served_broker(directory: Path) -> AsyncIterator[tuple[Broker, str]]:
             credentials=broker.ca.credentials(Role.KEYBROKER),
             services=[
                 *mounted(Desks(broker.owners, broker.data_keys, broker.destruction), broker.releases),
+                *mounted_approvals(ApprovalDesk(broker.store, broker.clock)),
+                *mounted_policies(PolicyDesk(broker.store, broker.ca.credentials(Role.KEYBROKER)), broker.clock),
                 *mounted_log(broker.store, broker.log_key),
             ],
             callers={**CALLERS, **LOG_CALLERS},
@@ -384,37 +402,3 @@ async def a_served_broker(directory: Path) -> AsyncIterator[tuple[Broker, str]]:
 def leaf_sha256(chain_pem: bytes) -> bytes:
     """Return what `cnf` names for a certificate chain."""
     return read_leaf(chain_pem).sha256
-
-
-async def _work_forever(store: Path, root_key: Path) -> None:
-    """Create keys, use them, disable and enable them; one line per operation that was acknowledged."""
-    broker = await Broker.open(store, root_key, TestCa())
-    print(json.dumps({"ready": True}), flush=True)
-    made: dict[KeyUri, str] = {}
-    while True:
-        uri = KeyUri.parse(f"cloister-key://{TENANT}/made/{secrets.token_hex(8)}")
-        await broker.create_key(policy_document(uri), uri)
-        _acknowledge("create", uri)
-        pair = HpkeKeyPair.generate()
-        answer = await broker.data_keys.generate(owner(), uri, recipient(pair))
-        secret = sha384(opened(pair, answer).reveal()).hex()
-        _acknowledge("generate", uri, wrapped=answer.wrapped.hex(), secret=secret, index=answer.receipt.place.index)
-        td = broker.td()
-        released = await td.release(key=uri, wrapped=answer.wrapped)
-        _acknowledge("release", uri, index=released.data_key.receipt.place.index)
-        try:
-            await td.release(key=uri, purpose=Purpose.EXPORT)
-        except CloisterError:
-            _acknowledge("denied", uri)
-        made[uri] = secret
-        if len(made) % 2:
-            await broker.owners.set_state(owner(), uri, KeyState.DISABLED)
-            _acknowledge("disable", uri)
-
-
-def _acknowledge(what: str, uri: KeyUri, **facts: object) -> None:
-    print(json.dumps({"what": what, "uri": str(uri), **facts}), flush=True)
-
-
-if __name__ == "__main__":
-    asyncio.run(_work_forever(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -15,7 +15,8 @@ import pytest
 
 from cloister.api.attest.v1 import attest_pb2, attest_pb2_grpc
 from cloister.errors import CloisterError, Code
-from cloister.guest.enrol import Identity, RemoteEnrolment
+from cloister.guest.enrol import Identity
+from cloister.guest.remote import RemoteEnrolment
 from cloister.identity import Role
 from cloister.runtime.server import GrpcServer, Mounted
 from cloister.tdx.collateral import Collateral
@@ -127,6 +128,9 @@ class Busy(attest_pb2_grpc.EnrolmentServiceServicer):
         raise NotImplementedError
 
     async def GetTrustBundle(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
+    async def GetTrustUpdate(self, request: Any, context: Any) -> Any:
         raise NotImplementedError
 
     def _answer(self, name: str) -> None:

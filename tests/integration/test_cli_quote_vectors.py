@@ -1,39 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """`cloister quote` on real quotes of Intel's platforms, under the root that is pinned.
 
-They are found in $CLOISTER_TEST_VECTORS or in ../shared/vectors beside the repository, and are not part of it.
+What they are, and where they are found: fakes.real_vectors.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from fakes.cli_runner import Ran, run
+from fakes.real_vectors import DIRECTORY, MANIFEST, needs_vectors
 
-DEFAULT = Path(__file__).parents[3] / "shared" / "vectors"
-DIRECTORY = Path(os.environ.get("CLOISTER_TEST_VECTORS", DEFAULT)) / "tdx"
-
-
-def manifest() -> list[dict[str, Any]]:
-    path = DIRECTORY / "manifest.json"
-    return cast(list[dict[str, Any]], json.loads(path.read_text())["vectors"]) if path.exists() else []
-
-
-VECTORS = manifest()
+VECTORS: list[dict[str, Any]] = MANIFEST["vectors"]
 CASES = [
     pytest.param(vector, verification, id=f"{vector['name']}-{number}")
     for vector in VECTORS
     for number, verification in enumerate(vector["verifications"])
 ]
-needs_vectors = pytest.mark.skipif(not VECTORS, reason=f"no real quotes in {DIRECTORY}; set CLOISTER_TEST_VECTORS")
 each_case = pytest.mark.parametrize(
     ("vector", "verification"), CASES or [pytest.param({}, {}, marks=needs_vectors, id="none")]
 )
@@ -49,9 +39,9 @@ def verify(vector: dict[str, Any], verification: dict[str, Any], *options: objec
     )  # fmt: skip
 
 
+@needs_vectors
 def test_ci_has_the_real_quotes() -> None:
-    if os.environ.get("CI") == "true":
-        assert (len(VECTORS), len(CASES)) >= (43, 74), f"no real quotes in {DIRECTORY}"
+    assert (len(VECTORS), len(CASES)) >= (43, 74)
 
 
 @each_quote

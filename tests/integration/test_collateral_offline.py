@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -25,13 +24,10 @@ from cloister_sim import SimulatedPlatform
 from fakes.collateral_authority import NOW, TDX_FAMILY, CollateralAuthority, Wish
 from fakes.collateral_harness import DAY, EARLY, Clocks, bundle, get, open_cache, run_import
 from fakes.fake_pccs import FakePccs
+from fakes.real_vectors import DIRECTORY, needs_vectors
 
 NEWEST = Wish(crl_number=2)
-VECTORS = Path(os.environ.get("CLOISTER_TEST_VECTORS", Path(__file__).parents[3] / "shared" / "vectors")) / "tdx"
-REAL = sorted((VECTORS / "collateral").glob("*.json"))
-if not REAL and os.environ.get("CI") == "true":
-    raise RuntimeError(f"no real collateral in {VECTORS}; set CLOISTER_TEST_VECTORS")
-needs_vectors = pytest.mark.skipif(not REAL, reason=f"no real collateral in {VECTORS}; set CLOISTER_TEST_VECTORS")
+REAL = sorted((DIRECTORY / "collateral").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +196,7 @@ class TestWithQuotes:
     @needs_vectors
     @pytest.mark.parametrize("path", REAL, ids=[path.stem for path in REAL])
     def test_intels_collateral_goes_through_a_bundle_unchanged(self, path: Path) -> None:
-        root = TrustRoot((VECTORS / "root_ca.der").read_bytes(), simulated=False)
+        root = TrustRoot((DIRECTORY / "root_ca.der").read_bytes(), simulated=False)
         nine = json.loads(path.read_bytes())
         info = json.loads(nine["tcb_info"])
         outcomes = {}
@@ -221,7 +217,7 @@ class TestWithQuotes:
 
     @needs_vectors
     async def test_intels_collateral_goes_through_a_pccs_and_the_cache(self, tmp_path: Path) -> None:
-        root = TrustRoot((VECTORS / "root_ca.der").read_bytes(), simulated=False)
+        root = TrustRoot((DIRECTORY / "root_ca.der").read_bytes(), simulated=False)
         path = next(path for path in REAL if "tdx10_v4_b0c06f000000" in path.name and "2026-10-08" in path.name)
         nine = json.loads(path.read_bytes())
         async with FakePccs() as pccs:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import secrets
+import sys
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from fakes.keybroker_harness import KEY
 
 REF = KeyRef(KEY, 1, KeyState.ENABLED, frozenset({Purpose.TRAIN}))
 AAD = REF.custodian_aad()
+LOCATOR = b"aac3e45a-d3dc-4791-89b6-4ada0e38e6ef"
 SHORT = EhsmLimits(connect_s=0.3, total_s=0.4, idle_s=0.05, unwraps=2, changes=1, waiting=1)
 DAY = timedelta(days=1)
 
@@ -284,14 +287,14 @@ async def test_clocks_that_differ_raise_an_alarm_and_then_say_what_is_wrong(
         await custodian.probe()
     assert [log["ahead_s"] for log in logs if log["event"] == "clocks differ"] == [120]
     place.server_clock = lambda: place.clock() - timedelta(minutes=11)
-    error = await refused(custodian.probe(), Code.CUSTODIAN_REFUSED)
+    error = await refused(custodian.enable(str(uuid.uuid4()).encode()), Code.CUSTODIAN_REFUSED)
     assert "660 s behind" in error.why
 
 
 async def test_a_clock_that_is_set_back_does_not_stop_requests(place: EhsmPlace, custodian: EhsmCustodian) -> None:
-    await custodian.probe()
+    locator = await custodian.create(REF)
     advance(place, hours=-1)
-    await custodian.probe()
+    await custodian.enable(locator)
 
 
 async def test_requests_of_one_millisecond_are_no_replays_to_the_older_generation(tmp_path: Path) -> None:
@@ -465,11 +468,47 @@ async def test_a_good_quote_is_asked_for_once_a_day_and_the_log_says_how_little_
         {"min_isv_svn": "2"},
     ],
 )
-async def test_another_enclave_is_refused(tmp_path: Path, enclave: dict[str, str]) -> None:
+async def test_another_enclave_gets_nothing_to_do(tmp_path: Path, enclave: dict[str, str]) -> None:
     async with EhsmPlace(tmp_path / "ehsm") as place:
         custodian = await with_policy(place, tmp_path, enclave_policy(place, **enclave))
-        await refused(custodian.probe(), Code.CUSTODIAN_REFUSED)
+        for attempt in (custodian.probe(), custodian.create(REF), custodian.unwrap(LOCATOR, bytes(60), AAD)):
+            await refused(attempt, Code.CUSTODIAN_REFUSED)
+        assert set(place.faults.requests) == {"GetVersion", "GenerateQuote"}
+        assert place.faults.count("GenerateQuote") == 1  # a failure is remembered for a minute
         await custodian.aclose()
+
+
+async def test_a_quote_that_cannot_be_had_for_a_while_stops_nothing_and_a_bad_one_does(tmp_path: Path) -> None:
+    ahead = [timedelta()]
+
+    def clock() -> datetime:
+        return datetime.now(UTC) + ahead[0]
+
+    async with EhsmPlace(tmp_path / "ehsm", clock=clock) as place:
+        custodian = await with_policy(place, tmp_path, enclave_policy(place))
+        await custodian.create(REF)
+        ahead[0] = 2 * DAY
+        place.faults.add(Fault("GenerateQuote", times=9, change=faults.answer(500, "Server exception.")))
+        await custodian.create(REF)
+        place.faults.clear()
+        ahead[0] = 3 * DAY
+        place.faults.add(Fault("GenerateQuote", change=forged))
+        await refused(custodian.create(REF), Code.CUSTODIAN_REFUSED)
+        await refused(custodian.create(REF), Code.CUSTODIAN_REFUSED)
+        ahead[0] += timedelta(minutes=1)
+        await custodian.create(REF)
+        # A week without any is the end of it.
+        ahead[0] += 8 * DAY
+        place.faults.add(Fault("GenerateQuote", times=9, change=faults.answer(500, "Server exception.")))
+        await refused(custodian.create(REF), Code.CUSTODIAN_UNAVAILABLE)
+        await custodian.aclose()
+
+
+def forged(members: dict[str, Any]) -> dict[str, Any]:
+    """Change a byte of a quote."""
+    quote = bytearray(base64.b64decode(members["result"]["quote"]))
+    quote[200] ^= 1
+    return members | {"result": {"quote": base64.b64encode(quote).decode()}}
 
 
 async def test_a_quote_under_another_root_is_refused(tmp_path: Path) -> None:
@@ -486,12 +525,55 @@ async def test_a_quote_that_was_changed_is_refused(tmp_path: Path) -> None:
     async with EhsmPlace(tmp_path / "ehsm") as place:
         custodian = await with_policy(place, tmp_path, enclave_policy(place))
 
-        def forged(members: dict[str, Any]) -> dict[str, Any]:
-            quote = bytearray(base64.b64decode(members["result"]["quote"]))
-            quote[200] ^= 1
-            return members | {"result": {"quote": base64.b64encode(quote).decode()}}
-
         place.faults.add(Fault("GenerateQuote", change=forged))
         error = await refused(custodian.probe(), Code.CUSTODIAN_REFUSED)
         assert "does not verify" in error.why
         await custodian.aclose()
+
+
+# enrolling
+
+
+async def enrolled(place: EhsmPlace, tmp_path: Path, *arguments: str) -> tuple[int, str, str]:
+    command = (
+        sys.executable,
+        "-m",
+        "cloister_keybroker.backends.ehsm",
+        place.server.url,
+        "--out",
+        str(tmp_path / "new"),
+    )
+    process = await asyncio.create_subprocess_exec(
+        *command, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, err = await process.communicate()
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+async def test_enrolling_writes_credentials_to_files_only_and_once(tmp_path: Path) -> None:
+    async with EhsmPlace(tmp_path / "ehsm") as place:
+        ca = ("--ca", str(place.client_directory / "ca.pem"))
+        code, out, err = await enrolled(place, tmp_path, *ca)
+        assert code == 0, err
+        api_key = (tmp_path / "new" / "apikey").read_text().strip()
+        assert api_key not in out + err
+        assert (tmp_path / "new" / "apikey").stat().st_mode & 0o777 == 0o600
+        # The printed line is what the configuration takes.
+        line = out.removeprefix('backend = "').strip().removesuffix('"')
+        custodian = await open_ehsm(BackendUri.parse(line), tmp_path, place.clock)
+        await custodian.create(REF)
+        await custodian.aclose()
+        code, _, err = await enrolled(place, tmp_path, *ca)
+        assert code == 2
+        assert "is there already" in err
+        assert (tmp_path / "new" / "apikey").read_text().strip() == api_key
+
+
+async def test_enrolling_believes_nobody_who_is_not_known_beforehand(tmp_path: Path) -> None:
+    async with EhsmPlace(tmp_path / "ehsm") as place:
+        assert (await enrolled(place, tmp_path))[0] == 2
+        code, _, err = await enrolled(place, tmp_path, "--pin", f"sha256:{'0' * 64}")
+        assert code == 6
+        assert "certificate" in err
+        assert place.faults.requests == []
+        assert not (tmp_path / "new").exists()

@@ -21,7 +21,7 @@ from cloister.runtime.config import load_config
 from cloister.runtime.database import Database
 from cloister.tdx.check import Check
 from cloister_attest.appraise import AppraisalPolicy
-from cloister_attest.authority import Authority
+from cloister_attest.authority import Authority, bundle_of
 from cloister_attest.config import AttestConfig
 from cloister_attest.nonces import Nonces
 from cloister_attest.ratelimit import RateLimit
@@ -43,7 +43,7 @@ def attest() -> Iterator[LocalAttest]:
 
 @pytest.fixture(scope="module")
 def authority() -> Authority:
-    return Authority(TRUST_DOMAIN, now=NOW)
+    return Authority.create(now=NOW)
 
 
 def code_of(error: pytest.ExceptionInfo[CloisterError]) -> Code:
@@ -76,7 +76,7 @@ def test_outstanding_nonces_are_bounded_and_expired_ones_make_room() -> None:
 async def test_a_restart_is_a_new_epoch_in_which_no_nonce_of_before_counts() -> None:
     # Why nonces are kept in memory only: they need not outlive the process that gave them.
     with local_attest() as before, local_attest() as after:
-        assert before.authority.epoch != after.authority.epoch
+        assert before.ca.issuing.epoch != after.ca.issuing.epoch
         request = await before.request(before.td(Role.TRAINER))
         with pytest.raises(CloisterError) as caught:
             await after.enrolment.attest(request)
@@ -112,7 +112,7 @@ def test_a_certificate_says_who_and_nothing_more(authority: Authority, role: Rol
     issued = authority.issue(who, KEY.public_key(), life=timedelta(hours=99), now=NOW)
     leaf, ca = x509.load_pem_x509_certificates(issued.chain_pem)
     leaf.verify_directly_issued_by(ca)
-    assert authority.bundle.intermediate(role).strip() in issued.chain_pem
+    assert bundle_of([authority], trust_domain=TRUST_DOMAIN, sequence=0).intermediate(role).strip() in issued.chain_pem
     names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.UniformResourceIdentifier) == [str(who)]
     assert names.get_values_for_type(x509.DNSName) == ([f"{role}.{TRUST_DOMAIN}"] if role.is_service else [])
@@ -132,10 +132,11 @@ def test_no_certificate_outlives_its_authority(authority: Authority) -> None:
 
 
 def test_two_epochs_share_nothing(authority: Authority) -> None:
-    other = Authority(TRUST_DOMAIN, now=NOW)
+    other = Authority.create(now=NOW)
     assert other.epoch != authority.epoch
-    assert other.bundle.digest != authority.bundle.digest
-    ours, theirs = (x509.load_pem_x509_certificate(a.bundle.root_pem) for a in (authority, other))
+    bundles = [bundle_of([one], trust_domain=TRUST_DOMAIN, sequence=0) for one in (authority, other)]
+    assert bundles[0].digest != bundles[1].digest
+    ours, theirs = (x509.load_pem_x509_certificate(found.root_pem) for found in bundles)
     assert ours.subject != theirs.subject
 
 

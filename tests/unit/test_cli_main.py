@@ -20,7 +20,8 @@ COMMANDS = [
     ["key", "create"], ["key", "list"], ["key", "show"], ["key", "enable"], ["key", "disable"], ["key", "policy"],
     ["key", "decisions"], ["seal"], ["open"], ["measure"], ["train", "submit"], ["train", "list"], ["train", "show"],
     ["train", "watch"], ["train", "logs"], ["train", "cancel"], ["model", "deploy"], ["model", "list"],
-    ["model", "remove"], ["predict"], ["quote", "show"], ["attest", "verdicts"], ["doctor"], ["demo"],
+    ["model", "remove"], ["predict"], ["quote", "show"], ["attest", "verdicts"],
+    ["references", "sign"], ["references", "show"], ["doctor"], ["demo"],
 ]  # fmt: skip
 
 

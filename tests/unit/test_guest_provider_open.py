@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import struct
 from datetime import UTC, datetime
@@ -24,10 +23,10 @@ from cloister.tdx.quote import Quote
 from cloister.tdx.verify import TrustRoot, verify_quote
 from cloister_sim import SimulatedPlatform
 from fakes.fake_qgs import fake_qgs
+from fakes.real_vectors import DIRECTORY, needs_vectors
 from fakes.tdx_guest_device import FakeTdxGuest
 from fakes.tsm_configfs import ACPI, BOOT_ID, FakeKernel, ccel_area, ccel_table
 
-DEFAULT_VECTORS = Path(__file__).parents[3] / "shared" / "vectors"
 REPORT_DATA = bytes(range(64))
 A, B, C = (bytes([n]) * 48 for n in (1, 2, 3))
 OTHER_BOOT = "00000000-0000-4000-8000-000000000000"
@@ -80,16 +79,13 @@ class TestBootLog:
         (event,) = EventLog.parse(read_boot_log(ACPI, kernel)).events
         assert (event.imr, event.digest, event.payload) == (0, A, b"")
 
+    @needs_vectors
     def test_the_log_of_a_real_machine_replays_to_its_quote(self, tmp_path: Path) -> None:
         """Table and log of a Google Cloud TD, and a quote that was taken in it."""
-        vectors = Path(os.environ.get("CLOISTER_TEST_VECTORS", DEFAULT_VECTORS)) / "tdx"
-        quote = vectors / "quotes" / "tdx10_v4_00806f050000_00b2526a.bin"
-        if not quote.exists():
-            assert os.environ.get("CI") != "true", f"no real quotes in {vectors}"
-            pytest.skip(f"no real quotes in {vectors}; set CLOISTER_TEST_VECTORS")
+        quote = DIRECTORY / "quotes" / "tdx10_v4_00806f050000_00b2526a.bin"
         (tmp_path / "data").mkdir()
-        shutil.copy(vectors / "eventlogs" / "cos113_ccel_table.bin", tmp_path / "CCEL")
-        shutil.copy(vectors / "eventlogs" / "cos113_ccel.bin", tmp_path / "data" / "CCEL")
+        shutil.copy(DIRECTORY / "eventlogs" / "cos113_ccel_table.bin", tmp_path / "CCEL")
+        shutil.copy(DIRECTORY / "eventlogs" / "cos113_ccel.bin", tmp_path / "data" / "CCEL")
         log = EventLog.parse(read_boot_log(tmp_path, OsFiles()))
         assert log.replay() == Quote.parse(quote.read_bytes()).body.rtmrs
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims about real quotes and real event logs: Intel's platforms, not ours.
 
-They are found in $CLOISTER_TEST_VECTORS or in ../shared/vectors beside the repository, and are not part of it.
+What they are, and where they are found: fakes.real_vectors.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import base64
 import json
 import os
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -28,17 +29,8 @@ from cloister.tdx.show import describe
 from cloister.tdx.verifier import Verifier
 from cloister.tdx.verify import TrustRoot, verify_quote, verify_with_collateral
 from cloister.tdx.workload import read_workload
+from fakes.real_vectors import DIRECTORY, MANIFEST, needs_vectors
 
-DEFAULT = Path(__file__).parents[3] / "shared" / "vectors"
-DIRECTORY = Path(os.environ.get("CLOISTER_TEST_VECTORS", DEFAULT)) / "tdx"
-
-
-def manifest() -> dict[str, Any]:
-    path = DIRECTORY / "manifest.json"
-    return cast(dict[str, Any], json.loads(path.read_text())) if path.exists() else {"vectors": [], "eventlogs": []}
-
-
-MANIFEST = manifest()
 TDS = [vector for vector in MANIFEST["vectors"] if vector["tee"] == "TDX"]
 SGX = [vector for vector in MANIFEST["vectors"] if vector["tee"] == "SGX"]
 SECTIONS = {"header", "TD", "enclave", "quoting enclave", "signature"}
@@ -52,7 +44,6 @@ VERIFICATIONS = [
 ]
 CCEL_LOGS = [log for log in MANIFEST["eventlogs"] if log["format"].startswith("TCG2")]
 JSON_LOGS = [log for log in MANIFEST["eventlogs"] if log["format"].startswith("json")]
-needs_vectors = pytest.mark.skipif(not TDS, reason=f"no real quotes in {DIRECTORY}; set CLOISTER_TEST_VECTORS")
 
 
 def by_name(vectors: list[dict[str, Any]]) -> Any:
@@ -81,10 +72,32 @@ def root() -> TrustRoot:
     return TrustRoot((DIRECTORY / "root_ca.der").read_bytes(), simulated=False)
 
 
-def test_ci_has_the_real_quotes() -> None:
-    if os.environ.get("CI") == "true":
-        assert (len(ALL), len(VERIFICATIONS)) >= (43, 74), f"no real quotes in {DIRECTORY}"
-        assert len(JSON_LOGS) + len(CCEL_LOGS) >= 8
+@needs_vectors
+def test_there_are_all_of_the_real_quotes() -> None:
+    assert (len(ALL), len(VERIFICATIONS)) >= (43, 74)
+    assert len(JSON_LOGS) + len(CCEL_LOGS) >= 8
+
+
+def in_another_process(**environment: str) -> str:
+    """Collect and run one of these tests where there are no vectors; return what pytest says."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    command += [f"{__file__}::test_there_are_all_of_the_real_quotes"]
+    variables = {name: value for name, value in os.environ.items() if name != "CI"}
+    variables |= {"CLOISTER_TEST_VECTORS": "/nowhere"} | environment
+    ran = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    return f"exit code {ran.returncode}: {ran.stdout}"
+
+
+def test_without_the_real_quotes_tests_are_skipped_and_say_so() -> None:
+    said = in_another_process()
+    assert "1 skipped" in said
+    assert "no real quotes in /nowhere/tdx; set CLOISTER_TEST_VECTORS" in said
+
+
+def test_without_the_real_quotes_ci_fails() -> None:
+    said = in_another_process(CI="true")
+    assert not said.startswith("exit code 0")
+    assert "no real quotes in /nowhere/tdx; set CLOISTER_TEST_VECTORS" in said
 
 
 @by_name(ALL)

@@ -25,6 +25,7 @@ from cloister.cli.options import (
     state_directory,
 )
 from cloister.cli.output import Output, make_table
+from cloister.cli.stackconfig import Kms
 
 if TYPE_CHECKING:
     from cloister.cli.demodata import DemoData
@@ -60,6 +61,7 @@ def demo(
     report: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Where the report goes.")] = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1, max=64, help="Training ranks.")] = 2,
     rows: Annotated[int, typer.Option("--rows", min=24, help="Rows of the generated sample.")] = 3600,
+    kms: Annotated[Kms, typer.Option("--kms", help="Where the key broker keeps the keys.")] = Kms.EMBEDDED,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the training.")] = 1,
     state: State = None,
     json: Json = False,
@@ -83,7 +85,7 @@ def demo(
         args=context.meta[JOB_ARGUMENTS],
         report=(report or directory.root / "reports" / f"{_stamp()}.html").absolute(),
     )
-    run_async(_with_stack(run, make_options()))
+    run_async(_with_stack(run, make_options(kms=kms)))
 
 
 @dataclass(slots=True)
@@ -189,9 +191,10 @@ async def _story(run: Run) -> None:
 async def _keys_and_sealing(run: Run, session: Session, scratch: Path, *, data_uri: str, model_uri: str) -> None:
     from cloister.cli.demodata import prepare, require_only_ciphertext
     from cloister.cli.keys import create_key
-    from cloister.cli.sealing import seal_directory
+    from cloister.cli.sealedfiles import seal_directory
     from cloister.cli.state import SERVICES
     from cloister.cli.trust import verify_services
+    from cloister.guest.operator import OperatorClient
 
     run.chapter(2, "Keys with release policies; the data is sealed")
     data: DemoData = await asyncio.to_thread(prepare, run.data, scratch, rows=run.rows)
@@ -209,9 +212,11 @@ async def _keys_and_sealing(run: Run, session: Session, scratch: Path, *, data_u
         run.say(
             f"    for {' and '.join(draft.purposes)}: {len(draft.scripts)} script(s), the environment and image pinned"
         )
+    home = await OperatorClient(session.credentials, verified["keybroker"]).backend_status()
+    run.say(f"they live behind {home.name}" + (f" ({', '.join(home.capabilities)})" if home.capabilities else ""))
     with run.timed("sealing"):
         sealed = await seal_directory(
-            session, data.directory, scratch / "sealed", key_uri=data_uri, dataset=MODEL, output=run.output
+            session, [data.directory], scratch / "sealed", key_uri=data_uri, dataset=MODEL, output=run.output
         )
     run.say(f"sealed {sealed['files']} files, {sealed['bytes'] / 1e6:.2f} MB, in {run.steps[-1][1]:.2f} s")
     texts = data.texts()

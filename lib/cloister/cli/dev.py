@@ -17,7 +17,7 @@ import typer
 from cloister.cli import devehsm
 from cloister.cli.options import Json, State, run_async, state_directory
 from cloister.cli.output import Output
-from cloister.cli.stackconfig import StackOptions
+from cloister.cli.stackconfig import Kms, StackOptions
 from cloister.errors import EXIT_CODE, CloisterError, Code
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class LogName(enum.StrEnum):
     TRAINER = "trainer"
     GATEWAY = "gateway"
     PLATFORM = "platform"
+    EHSM = "ehsm"
     STACK = "stack"
 
 
@@ -53,6 +54,7 @@ def up(
     gateway_port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC port of the gateway; 0: any free.")] = 0,
     https_port: Annotated[int, typer.Option(min=0, max=65535, help="HTTPS port of the gateway; 0: any free.")] = 0,
     tenant: Annotated[str, typer.Option(help="Your tenant: the owner in key URIs.")] = "demo",
+    kms: Annotated[Kms, typer.Option(help="Where the key broker keeps new keys.")] = Kms.EMBEDDED,
     state: State = None,
     json: Json = False,
 ) -> None:
@@ -61,7 +63,7 @@ def up(
     from cloister.cli.state import read_stack
 
     directory = state_directory(state)
-    options = make_options(rank_core or [], gateway_core, backend_core, gateway_port, https_port, tenant)
+    options = make_options(rank_core or [], gateway_core, backend_core, gateway_port, https_port, tenant, kms)
     output = Output(as_json=json)
     printer = StartPrinter(output)
 
@@ -166,6 +168,7 @@ def make_options(
     gateway_port: int = 0,
     https_port: int = 0,
     tenant: str = "demo",
+    kms: Kms = Kms.EMBEDDED,
 ) -> StackOptions:
     """Return checked options; raise CloisterError when the cores do not do or the tenant is no name."""
     import os
@@ -205,6 +208,7 @@ def make_options(
         backend_core=backend,
         gateway_port=gateway_port,
         https_port=https_port,
+        kms=kms,
     )
 
 

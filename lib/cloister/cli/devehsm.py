@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import quote
 
 import typer
 
@@ -50,13 +51,13 @@ def ehsm(
     run_async(_serve(directory, listen, api, Output(as_json=json)))
 
 
-def arguments(directory: StateDirectory, listen: str, api: EhsmApi = EhsmApi.CURRENT) -> list[str]:
-    """Return how the server is started."""
+def arguments(directory: StateDirectory, listen: str, *, endpoints: Path, api: EhsmApi = EhsmApi.CURRENT) -> list[str]:
+    """Return how the server is started; it writes `endpoints` when it is ready."""
     return [
         *(sys.executable, "-P", "-m", PACKAGE),
         *("--directory", str(directory.ehsm / "server")),
         *("--client", str(directory.ehsm / "client")),
-        *("--endpoints-file", str(directory.endpoints_file("ehsm"))),
+        *("--endpoints-file", str(endpoints)),
         *("--listen", listen, "--api", api.value),
     ]
 
@@ -64,15 +65,18 @@ def arguments(directory: StateDirectory, listen: str, api: EhsmApi = EhsmApi.CUR
 def backend_uri(directory: StateDirectory, address: str) -> str:
     """Return the line that puts the key broker's keys behind this server."""
     client = directory.ehsm / "client"
-    return f"ehsm:https://{address}?ca={client / 'ca.pem'}&appid={client / 'appid'}&apikey={client / 'apikey'}"
+    files = {
+        name: quote(str(client / file)) for name, file in (("ca", "ca.pem"), ("appid", "appid"), ("apikey", "apikey"))
+    }
+    return f"ehsm:https://{address}?" + "&".join(f"{name}={path}" for name, path in files.items())
 
 
 async def _serve(directory: StateDirectory, listen: str, api: EhsmApi, output: Output) -> None:
-    endpoints = directory.endpoints_file("ehsm")
-    endpoints.unlink(missing_ok=True)
+    # Of its own: another one, which is about to be refused, must not take this one's away.
+    endpoints = directory.endpoints_file(f"ehsm-{os.getpid()}")
     read, write = os.pipe2(os.O_CLOEXEC)
     process = await asyncio.create_subprocess_exec(
-        *arguments(directory, listen, api),
+        *arguments(directory, listen, endpoints=endpoints, api=api),
         *("--lifeline-fd", str(read)),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
@@ -87,7 +91,7 @@ async def _serve(directory: StateDirectory, listen: str, api: EhsmApi, output: O
         while not endpoints.exists() and not ended.done():
             await asyncio.wait({ended}, timeout=0.02)
         if not ended.done():
-            output.item(_document(directory, read_endpoints(endpoints)["https"], endpoints))
+            output.item(_document(directory, read_endpoints(endpoints)["https"]))
             output.note("Ctrl-C stops the server.")
         _, errors = await ended
         raise _ended(process.returncode, errors.decode(errors="replace").splitlines())
@@ -99,7 +103,7 @@ async def _serve(directory: StateDirectory, listen: str, api: EhsmApi, output: O
         os.close(write)
 
 
-def _document(directory: StateDirectory, address: str, endpoints: Path) -> dict[str, str]:
+def _document(directory: StateDirectory, address: str) -> dict[str, str]:
     client = directory.ehsm / "client"
     return {
         "url": f"https://{address}",
@@ -107,7 +111,6 @@ def _document(directory: StateDirectory, address: str, endpoints: Path) -> dict[
         "appid": str(client / "appid"),
         "apikey": str(client / "apikey"),
         "backend": backend_uri(directory, address),
-        "endpoints": str(endpoints),
     }
 
 

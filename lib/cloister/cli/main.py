@@ -23,12 +23,15 @@ from cloister.cli import (
     dev,
     doctor,
     identity,
+    imports,
     keys,
     measure,
     model,
     policy,
     predict,
     quote,
+    references,
+    sealed,
     sealing,
     train,
 )
@@ -52,8 +55,10 @@ def build_app() -> typer.Typer:
     app.add_typer(identity.app, name="identity")
     app.add_typer(keys.app, name="key")
     app.add_typer(broker.app, name="broker")
-    app.add_typer(policy.app, name="policy")
+    app.add_typer(policy.command_group(), name="policy")
     sealing.register(app)
+    app.add_typer(sealed.app, name="sealed")
+    app.add_typer(imports.app, name="import")
     measure.register(app)
     app.add_typer(train.app, name="train")
     app.add_typer(model.app, name="model")
@@ -61,6 +66,7 @@ def build_app() -> typer.Typer:
     app.add_typer(quote.app, name="quote")
     app.add_typer(collateral.app, name="collateral")
     app.add_typer(attest.app, name="attest")
+    app.add_typer(references.app, name="references")
     app.add_typer(audit.app, name="audit")
     doctor.register(app)
     demo.register(app)

@@ -13,23 +13,35 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cloister.cli.keys import PurposeName
-from cloister.cli.options import Json, existing_file
+from cloister.cli.options import Json, State, existing_file, in_session
 from cloister.cli.output import Output, clean, error_document, make_table, write_json
 from cloister.errors import EXIT_CODE, CloisterError, Code
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cloister.ear import Ear
     from cloister.release.blocks import Block, Decision
     from cloister.release.policy import ReleasePolicy
-
-app = typer.Typer(help="Release policies: test them, compare them, see what they would do.", no_args_is_help=True)
 
 PolicyFile = Annotated[Path, typer.Argument(metavar="FILE", help="Release policy (YAML), or its signed envelope.")]
 _SHOWN: Final = 48  # characters of wanted and got in a table; --json has all
 
 
-@app.command()
+def command_group() -> typer.Typer:
+    """Return `cloister policy`."""
+    from cloister.cli import policyreplay, policysign
+
+    app = typer.Typer(help="Release policies: test them, compare them, see what they would do.", no_args_is_help=True)
+    app.command()(validate)
+    app.command(name="test")(run_cases_of)
+    app.command()(diff)
+    app.command()(explain)
+    policyreplay.register(app)
+    policysign.register(app)
+    return app
+
+
 def validate(file: PolicyFile, json: Json = False) -> None:
     """Check that the broker would take a policy: its form, and its own cases."""
     from cloister.policyblocks import digest_text
@@ -49,7 +61,6 @@ def validate(file: PolicyFile, json: Json = False) -> None:
     )
 
 
-@app.command(name="test")
 def run_cases_of(file: PolicyFile, json: Json = False) -> None:
     """Run a policy's own example cases; a failing one fails the command."""
     from cloister.release.cases import check_cases, run_cases
@@ -83,7 +94,6 @@ def run_cases_of(file: PolicyFile, json: Json = False) -> None:
         raise problem
 
 
-@app.command()
 def diff(old: PolicyFile, new: PolicyFile, json: Json = False) -> None:
     """Compare two policies: what lets more pass, what less, and which of their cases come out otherwise."""
     from cloister.release.difference import changes, turned
@@ -111,35 +121,64 @@ def diff(old: PolicyFile, new: PolicyFile, json: Json = False) -> None:
     Output(as_json=json).result(document, render)
 
 
-@app.command()
 def explain(
-    file: PolicyFile,
-    token: Annotated[Path, typer.Option("--token", help="An attestation result (EAR, JWT).")],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Release policy or envelope; default: the one in force.")
+    ] = None,
+    token: Annotated[Path | None, typer.Option("--token", help="An attestation result (EAR, JWT).")] = None,
+    index: Annotated[int | None, typer.Option("--index", min=0, help="Or the index of a request in the log.")] = None,
+    key: Annotated[str, typer.Option("--key", metavar="URI", help="Whose policy in force, without FILE.")] = "",
     purpose: Annotated[
         PurposeName | None, typer.Option("--purpose", help="Default: the first that the policy and the role allow.")
     ] = None,
+    state: State = None,
     json: Json = False,
 ) -> None:
-    """Say block by block what a policy makes of an attestation result: what was wanted, what was got.
+    """Say block by block what a policy makes of a token, or of a past request: what was wanted, what was got.
 
-    The token's signature and age are not looked at here, nor what only the broker knows.
+    FILE with --token needs no broker; then the token's signature is not looked at, nor what only the broker knows.
     """
-    from cloister import ear as ears
     from cloister.release.explain import explain_token
     from cloister.release.keys import Purpose
 
-    policy = read_policy(file)
+    if (token is None) == (index is None) or (file is None and token is not None and not key):
+        raise CloisterError(
+            Code.ARGUMENT_INVALID,
+            what="it is not clear what is to be explained",
+            why="a policy is applied to one attestation result, or to one request in the log",
+            todo="give FILE or --key URI with --token FILE, or --index N",
+        )
+    wanted = Purpose(purpose) if purpose else None
+    if file is not None and token is not None:
+        decision = explain_token(read_policy(file), _read_token(token)[1], purpose=wanted)
+    else:
+        from cloister.cli.policyreplay import Question, explained
+
+        question = Question(
+            policy_yaml=policy_text(existing_file(file, what="the policy").read_bytes()) if file else b"",
+            key_uri=key,
+            token=_read_token(token)[0] if token else "",
+            index=index or 0,
+            purpose=wanted,
+        )
+        decision = in_session(state, lambda session: explained(session, question))
+    show_decision(Output(as_json=json), decision)
+
+
+def _read_token(path: Path) -> tuple[str, Ear]:
+    """Return a token and what it says; whether it is authentic is not looked at."""
+    from cloister import ear as ears
+
     try:
-        text = existing_file(token, what="the attestation result").read_text("ascii").strip()
-        result = ears.read_unverified(text)
+        text = existing_file(path, what="the attestation result").read_text("ascii").strip()
+        return text, ears.read_unverified(text)
     except (ears.TokenRejected, UnicodeDecodeError) as error:
         raise CloisterError(
             Code.TOKEN_INVALID,
-            what=f"{token} holds no attestation result",
+            what=f"{path} holds no attestation result",
             why=str(error),
             todo="name the file with the JWT that attest issued",
         ) from None
-    show_decision(Output(as_json=json), explain_token(policy, result, purpose=Purpose(purpose) if purpose else None))
 
 
 def read_policy(path: Path) -> ReleasePolicy:

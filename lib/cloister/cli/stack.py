@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cloister.atomicfile import write_atomically
-from cloister.cli import login, stackconfig
+from cloister.cli import devehsm, login, stackconfig
 from cloister.cli.state import SERVICES, Stack, StateDirectory
 from cloister.errors import CloisterError, Code
 from cloister.runtime.endpoints import read_endpoints
@@ -107,7 +107,9 @@ class _Builder:
         enrolment = self._endpoints["attest"]["enrolment"]
         await self._service(
             "keybroker",
-            stackconfig.keybroker_config(places, options, attest_enrolment=enrolment, root_key=root_key),
+            stackconfig.keybroker_config(
+                places, options, attest_enrolment=enrolment, root_key=root_key, backends=await self._backends()
+            ),
         )
         await self._trainer_and_gateway(places)
         certificate = await login.ensure_certificate(state, enrolment=enrolment, force=True)
@@ -132,6 +134,24 @@ class _Builder:
         gateway = stackconfig.gateway_config(places, options, attest=attest, keybroker=keybroker)
         await _both(self._service("trainer", trainer), self._service("gateway", gateway))
 
+    async def _backends(self) -> list[str]:
+        """Return the keybroker's back ends, started: EHSM when it is wanted, or has keys of an earlier stack."""
+        wanted = self._options.kms is stackconfig.Kms.EHSM
+        if not wanted and not (self._state.service_directory("keybroker") / "canary-ehsm").exists():
+            return ["embedded:"]
+        endpoints = self._state.endpoints_file("ehsm")
+        endpoints.unlink(missing_ok=True)
+        await self._start("ehsm", devehsm.arguments(self._state, "127.0.0.1:0", endpoints=endpoints))
+
+        async def is_ready() -> bool:
+            return endpoints.exists()
+
+        await _until(is_ready, what="the EHSM development server")
+        self._endpoints["ehsm"] = read_endpoints(endpoints)
+        self._ready("ehsm")
+        uri = devehsm.backend_uri(self._state, self._endpoints["ehsm"]["https"])
+        return [uri, "embedded:"] if wanted else ["embedded:", uri]
+
     def _platform_socket(self) -> Path:
         """Return where the platform listens: below the state directory unless that path is too long for a socket."""
         path = self._state.run / "platform.sock"
@@ -146,7 +166,7 @@ class _Builder:
         if self._socket_directory is not None:
             shutil.rmtree(self._socket_directory, ignore_errors=True)
         (self._state.run / "platform.sock").unlink(missing_ok=True)
-        for service in SERVICES:
+        for service in (*SERVICES, "ehsm"):
             self._state.endpoints_file(service).unlink(missing_ok=True)
 
     async def _root_key(self) -> Path:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,13 @@ PACKAGES: Mapping[str, str] = {
 }
 
 
+class Kms(enum.StrEnum):
+    """Where the key broker of a local stack keeps new keys."""
+
+    EMBEDDED = "embedded"
+    EHSM = "ehsm"  # an EHSM development server, started with the stack
+
+
 @dataclass(frozen=True, slots=True)
 class StackOptions:
     """What a user may choose about a local stack; port 0 means any free one."""
@@ -33,6 +41,7 @@ class StackOptions:
     backend_core: int = 1
     gateway_port: int = 0
     https_port: int = 0
+    kms: Kms = Kms.EMBEDDED
 
     @property
     def user_id(self) -> str:
@@ -80,13 +89,25 @@ def attest_config(places: Places, options: StackOptions, *, digests: Mapping[str
     )
 
 
-def keybroker_config(places: Places, options: StackOptions, *, attest_enrolment: str, root_key: Path) -> str:
-    """Return the keybroker's TOML."""
+def keybroker_config(
+    places: Places,
+    options: StackOptions,
+    *,
+    attest_enrolment: str,
+    root_key: Path,
+    backends: Sequence[str],
+) -> str:
+    """Return the keybroker's TOML; the first of its back ends takes new keys."""
     return render_toml(
         {
             "service": places.service_section("keybroker", options),
             "guest": places.guest_section(attest_enrolment),
-            "keybroker": {"root_key": f"file:{root_key}", "operators": [options.user_id]},
+            "keybroker": {
+                "root_key": f"file:{root_key}",
+                "operators": [options.user_id],
+                "backend": backends[0],
+                "former_backends": list(backends[1:]),
+            },
         }
     )
 

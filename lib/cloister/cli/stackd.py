@@ -21,7 +21,7 @@ from typing import Any
 from cloister.cli.launch import RELEASE
 from cloister.cli.output import error_document
 from cloister.cli.stack import run_stack
-from cloister.cli.stackconfig import StackOptions
+from cloister.cli.stackconfig import Kms, StackOptions
 from cloister.cli.state import StateDirectory
 from cloister.errors import EXIT_CODE, CloisterError
 from cloister.runtime.logging import configure
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     os.umask(0o077)
     configure("stack")
     values = json.loads(given.options)
-    options = StackOptions(**(values | {"rank_cores": tuple(values["rank_cores"])}))
+    options = StackOptions(**(values | {"rank_cores": tuple(values["rank_cores"]), "kms": Kms(values["kms"])}))
     try:
         asyncio.run(_run(StateDirectory(given.state), options, given.report_fd, given.lifeline_fd))
     except CloisterError as error:

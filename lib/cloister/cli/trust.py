@@ -31,6 +31,7 @@ async def verify_services(session: Session, services: Sequence[str] = _TRUSTED) 
     if not missing:
         return session.verified
     from cloister.collateral.offline import OfflineCollateral
+    from cloister.guest.enrol import SERVICES_LOOK_S
     from cloister.guest.evidence import EvidenceVerifier
     from cloister.guest.measure import digest_of_package
     from cloister.guest.owner import verify_service_evidence
@@ -47,6 +48,7 @@ async def verify_services(session: Session, services: Sequence[str] = _TRUSTED) 
                 verifier=verifier,
                 expected_scripts=[digest_of_package(PACKAGES[service])],
                 now=datetime.now(UTC),
+                patience_s=SERVICES_LOOK_S + 5.0,
             )
             for service in missing
         )

@@ -152,6 +152,16 @@ def extract_sealed(file: BinaryIO, archive: Archive, directory: Path) -> None:
         raise file_error(error, what="the model archive cannot be unpacked") from error
 
 
+def sealed_manifest(file: BinaryIO) -> bytes:
+    """Return the manifest of the sealed directory in an archive that was checked; raise CloisterError."""
+    try:
+        with zipfile.ZipFile(file) as packed:
+            entries = {entry.filename: entry for entry in packed.infolist()}
+            return _read(packed, entries, f"{MODEL_DIRECTORY}/{MANIFEST_NAME}", LIMITS.sealed_manifest_bytes)
+    except _MALFORMED as error:
+        raise _invalid(f"it is not a zip file that can be read: {str(error)[:200]}") from None
+
+
 class _HashingTarget:
     """Where zipfile writes: no seeking, so that the digest is of exactly what was written."""
 

@@ -4,49 +4,52 @@
 An enrolment gives certificate and attestation result together, and the result names that certificate (`cnf`). They are
 kept as one value (`Attested`) and never mixed with those of another enrolment: whoever shows the result to a relying
 party opens a channel with `attested.material`, so there is no moment at which the two could differ.
+
+What is trusted changes while a TD runs (cloister.runtime.trust). It is asked for every few seconds, and comes with each
+enrolment; when it does not cover the TD's own certificate any more, that is renewed at once. Evidence says which bundle
+is held, so that attest issues to nobody who trusts somebody else.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import secrets
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, NoReturn, Protocol, Self
+from typing import Final, NoReturn, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from cloister import ear
-from cloister.api.attest.v1 import attest_pb2, attest_pb2_grpc
+from cloister.api.attest.v1 import attest_pb2
 from cloister.errors import CloisterError, Code
 from cloister.guest.guest import Guest
+from cloister.guest.remote import EnrolmentTransport, RemoteEnrolment
 from cloister.identity import Role, SpiffeId
 from cloister.protocol import NONCE_SIZE, combined_nonce
 from cloister.runtime.bundle import TrustBundle
-from cloister.runtime.channel import SwappingChannel, invoke, open_enrolment_channel
 from cloister.runtime.credentials import TlsMaterial
-from cloister.runtime.limits import Limits
 from cloister.runtime.logging import get_logger
 from cloister.runtime.pem import read_leaf
+from cloister.runtime.trust import Trust, adopt
 from cloister.secret import SecretBytes
 from cloister.tlv import sha384
 
-# A thousand TDs behind one address take half a minute at the rate that attest grants an address. Most of it they wait
-# before the handshake: that may take longer here than anywhere else.
-_CALL_TIMEOUT_S: Final = 75.0
-_LIMITS: Final = Limits(connect_timeout_s=60.0)
-_BUSY_FOR_S: Final = 60.0
-_BUSY_WAIT_S: Final = 0.25
-_BUSY_LAST_WAIT_S: Final = 4.0
 _FIRST_RETRY_S: Final = 0.5
 _LAST_RETRY_S: Final = 30.0
+# How often attest is asked for trust updates: services decide about callers; ranks and backends are many.
+SERVICES_LOOK_S: Final = 10.0
+OTHERS_LOOK_S: Final = 60.0
 # A stack that started together must not renew together.
 _JITTER: Final = secrets.SystemRandom().random
+
+# What an enrolment fails with when attest's CA is another than the one that is known here.
+_TRUST_MAY_HELP: Final = frozenset({Code.UNREACHABLE, Code.BUNDLE_STALE, Code.TLS_FAILED})
 
 Clock = Callable[[], datetime]
 
@@ -54,69 +57,6 @@ Clock = Callable[[], datetime]
 def utc_now() -> datetime:
     """Return the system's time, with its zone."""
     return datetime.now(UTC)
-
-
-class EnrolmentTransport(Protocol):
-    """How attest is asked: over the network, or, by attest itself, directly."""
-
-    async def challenge(self, request: attest_pb2.ChallengeRequest) -> attest_pb2.ChallengeResponse: ...
-
-    async def attest(self, request: attest_pb2.AttestRequest) -> attest_pb2.AttestResponse: ...
-
-
-class RemoteEnrolment:
-    """Attest over TLS that authenticates attest alone; a new connection for each enrolment, since they are rare.
-
-    A call that attest is too busy for is made again: it was turned away before anything was done about it.
-    """
-
-    _channel: SwappingChannel | None = None  # from challenge to attest
-
-    def __init__(
-        self, endpoint: str, bundle: TrustBundle, *, busy_for_s: float = _BUSY_FOR_S, first_wait_s: float = _BUSY_WAIT_S
-    ) -> None:
-        """Put up with a busy attest for `busy_for_s` seconds a call, waiting `first_wait_s` and then longer."""
-        self._endpoint, self._bundle = endpoint, bundle
-        self._busy_for_s, self._first_wait_s = busy_for_s, first_wait_s
-
-    async def challenge(self, request: attest_pb2.ChallengeRequest) -> attest_pb2.ChallengeResponse:
-        await self._hang_up()  # what is left of an enrolment that did not get to its end
-        response: attest_pb2.ChallengeResponse
-        try:
-            response = await self._call("Challenge", request, "ask attest for a nonce")
-        except BaseException:
-            await self._hang_up()
-            raise
-        return response
-
-    async def attest(self, request: attest_pb2.AttestRequest) -> attest_pb2.AttestResponse:
-        response: attest_pb2.AttestResponse
-        try:
-            response = await self._call("Attest", request, "enrol with attest")
-        finally:
-            await self._hang_up()
-        return response
-
-    async def _call(self, name: str, request: Any, what: str) -> Any:
-        end = time.monotonic() + self._busy_for_s
-        wait_s = self._first_wait_s
-        if self._channel is None:
-            self._channel = open_enrolment_channel(self._endpoint, bundle=self._bundle, limits=_LIMITS)
-        method = getattr(attest_pb2_grpc.EnrolmentServiceStub(self._channel), name)
-        while True:
-            try:
-                return await invoke(method, request, timeout_s=_CALL_TIMEOUT_S, what=what)
-            except CloisterError as error:
-                pause_s = wait_s * (0.5 + 0.5 * _JITTER())
-                if error.code is not Code.RATE_LIMITED or time.monotonic() + pause_s > end:
-                    raise
-            await asyncio.sleep(pause_s)
-            wait_s = min(2 * wait_s, _BUSY_LAST_WAIT_S)
-
-    async def _hang_up(self) -> None:
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            await channel.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +76,7 @@ class Identity:
         """Use `enrol` or `enrol_through`: before the first enrolment there is no identity."""
         self._guest = guest
         self._transport = transport
-        self._bundle = bundle
+        self._trust = Trust.of(bundle)
         self._clock = clock
         key_pem = guest.keys.tls.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         self._key_pem = SecretBytes(key_pem)
@@ -149,7 +89,8 @@ class Identity:
         self._one_at_a_time = asyncio.Lock()
         self._attested: Attested | None = None
         self._callbacks: list[Callable[[], None]] = []
-        self._renewal: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._renew_now = asyncio.Event()
         self._last_failure = ""
 
     @classmethod
@@ -176,7 +117,12 @@ class Identity:
 
     @property
     def bundle(self) -> TrustBundle:
-        return self._bundle
+        return self._trust.bundle
+
+    @property
+    def trust(self) -> Trust:
+        """What this TD trusts now."""
+        return self._trust
 
     def current(self) -> TlsMaterial:
         """Return the newest credentials; raise CloisterError(CERTIFICATE_EXPIRED) when renewal failed for too long."""
@@ -198,12 +144,41 @@ class Identity:
         if len(relying_party_nonce) not in (0, NONCE_SIZE):
             raise CloisterError(Code.ARGUMENT_INVALID, what=f"a relying party's nonce has {NONCE_SIZE} bytes")
         async with self._one_at_a_time:
-            attested = await self._enrol_once(relying_party_nonce)
+            try:
+                attested = await self._enrol_once(relying_party_nonce)
+            except CloisterError as error:
+                # Attest may have changed its CA since this TD last asked.
+                if error.code not in _TRUST_MAY_HELP or not await self._trust_has_changed():
+                    raise
+                attested = await self._enrol_once(relying_party_nonce)
             self._attested = attested
             self._last_failure = ""
-        for callback in tuple(self._callbacks):
-            callback()
+            if attested.material.is_trusted:
+                self._renew_now.clear()
+        self._tell()
         return attested
+
+    def learn(self, update: bytes) -> bool:
+        """Take up a trust update and say whether anything changed; raise CloisterError(BUNDLE_INVALID).
+
+        From the next call on, callers that are not in force any more are refused, and running calls of theirs end.
+        """
+        trust = adopt(self._trust, update)
+        if trust == self._trust:
+            return False
+        changed = trust.bundle.digest != self._trust.bundle.digest
+        self._trust = trust
+        self._transport.follow(trust.bundle)
+        self._guest.hold_trust(trust.bundle.digest)
+        if changed:
+            get_logger().warning("another trust bundle is held", epoch=trust.bundle.epoch, sequence=trust.sequence)
+        if self._attested is not None:
+            material = replace(self._attested.material, bundle=trust.bundle, revoked=trust.revoked)
+            self._attested = replace(self._attested, material=material)
+            if not material.is_trusted:
+                self._renew_now.set()
+            self._tell()
+        return True
 
     async def attested(self, relying_party_nonce: bytes | None = None) -> Attested:
         """Return certificate and attestation result that belong together: over this nonce, or current ones.
@@ -222,18 +197,25 @@ class Identity:
         """Return a fresh attestation result (JWT). It is bound to the certificate that is current from now on."""
         return (await self.attested(relying_party_nonce)).attestation_result
 
-    def start_renewal(self, jitter: Callable[[], float] = _JITTER) -> None:
-        """Renew in the background from now on, at half of each certificate's life; `jitter` gives 0.0 to 1.0."""
-        if self._renewal is None:
-            self._renewal = asyncio.create_task(self._renew_forever(jitter), name="certificate renewal")
-            self._renewal.add_done_callback(_log_end)
+    def start_renewal(self, jitter: Callable[[], float] = _JITTER, *, look_s: float | None = None) -> None:
+        """Renew in the background from now on, at half of each certificate's life, and follow trust updates.
+
+        `jitter` gives 0.0 to 1.0. Updates are asked for every `look_s` seconds, or at half of it.
+        """
+        if not self._tasks:
+            usual_s = SERVICES_LOOK_S if self._guest.role.is_service else OTHERS_LOOK_S
+            following = self._follow_forever(jitter, usual_s if look_s is None else look_s)
+            for work, name in ((self._renew_forever(jitter), "certificate renewal"), (following, "trust updates")):
+                task = asyncio.create_task(work, name=name)
+                task.add_done_callback(_log_end)
+                self._tasks.append(task)
 
     async def aclose(self) -> None:
         """Stop renewing, and end the TD's use of its platform."""
-        if self._renewal is not None:
-            self._renewal.cancel()
-            await asyncio.gather(self._renewal, return_exceptions=True)
-            self._renewal = None
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._guest.close()
 
     async def _enrol_once(self, relying_party_nonce: bytes) -> Attested:
@@ -243,7 +225,7 @@ class Identity:
             guest.evidence,
             nonce=combined_nonce(challenge.nonce, relying_party_nonce),
             audience=challenge.audience,
-            trust_domain=self._bundle.trust_domain,
+            trust_domain=self._trust.bundle.trust_domain,
         )
         response = await self._transport.attest(
             attest_pb2.AttestRequest(
@@ -251,6 +233,7 @@ class Identity:
                 challenge_nonce=challenge.nonce,
                 relying_party_nonce=relying_party_nonce,
                 csr_der=self._csr_der,
+                trust_sequence=self._trust.sequence,
             )
         )
         nonces = tuple(nonce.hex() for nonce in (challenge.nonce, relying_party_nonce) if nonce)
@@ -258,19 +241,23 @@ class Identity:
 
     def _accepted(self, response: attest_pb2.AttestResponse, role: Role, nonces: tuple[str, ...]) -> Attested:
         """Take nothing from the answer that is not about these keys and this request."""
-        if response.trust_bundle != self._bundle.to_bytes():
+        if response.trust_update:
+            self.learn(response.trust_update)
+        bundle = self._trust.bundle
+        if response.trust_bundle != bundle.to_bytes():
             raise CloisterError(
                 Code.BUNDLE_INVALID,
-                what="attest uses another trust bundle than this TD measured",
-                why="its certificate authority has changed since this TD started",
+                what="attest uses another trust bundle than this TD holds",
+                why="and did not say how the one became of the other",
                 todo="start this workload again with the present bundle",
             )
-        material = TlsMaterial.from_pem(self._key_pem, response.certificate_chain_pem, self._bundle)
-        domain = self._bundle.trust_domain
+        material = TlsMaterial.from_pem(self._key_pem, response.certificate_chain_pem, bundle)
+        material = replace(material, revoked=self._trust.revoked)
+        domain = bundle.trust_domain
         try:
             result = ear.verify(
                 response.attestation_result,
-                keys=self._bundle.token_keys,
+                keys=bundle.token_keys,
                 issuer=str(SpiffeId.service(domain, Role.ATTEST)),
                 audience=f"spiffe://{domain}",
                 now=self._clock(),
@@ -287,6 +274,38 @@ class Identity:
         if result.nonces != nonces:
             _unusable("the attestation result is over other nonces")
         return Attested(material, response.attestation_result, result, self._clock())
+
+    async def _ask_for_trust(self) -> bool:
+        """Ask for a trust update; say whether anything changed. Errors are the transport's, or `learn`'s."""
+        update = await self._transport.trust_update(self._trust.sequence)
+        return bool(update) and self.learn(update)
+
+    async def _trust_has_changed(self) -> bool:
+        """Ask for a trust update after something failed; raise what `learn` says of it, and no error of the way."""
+        try:
+            return await self._ask_for_trust()
+        except CloisterError as error:
+            if error.code is Code.BUNDLE_INVALID:
+                raise
+            return False
+
+    async def _follow_forever(self, jitter: Callable[[], float], look_s: float) -> None:
+        """Ask for trust updates; what cannot be had or believed is asked for again."""
+        last_failure = ""
+        while True:
+            await asyncio.sleep(look_s * (0.5 + 0.5 * jitter()))
+            try:
+                await self._ask_for_trust()
+                last_failure = ""
+            except CloisterError as error:
+                if str(error) != last_failure:
+                    why = error.why.replace("\n", "; ")
+                    get_logger().warning("no trust update can be had", error=error.code.text, what=error.what, why=why)
+                last_failure = str(error)
+
+    def _tell(self) -> None:
+        for callback in tuple(self._callbacks):
+            callback()
 
     def _held(self) -> Attested:
         if self._attested is None:
@@ -305,9 +324,11 @@ class Identity:
                 ceiling_s = max(_FIRST_RETRY_S, min(_LAST_RETRY_S, left_s / 4 if left_s else _LAST_RETRY_S))
                 wait_s = min(ceiling_s, _FIRST_RETRY_S * 2.0 ** min(failures - 1, 10)) * (0.5 + 0.5 * jitter())
             if wait_s > 0:
-                await asyncio.sleep(wait_s)
-                if not failures and self._held() is not held:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._renew_now.wait(), wait_s)
+                if not failures and not self._renew_now.is_set() and self._held().obtained_at != held.obtained_at:
                     continue  # somebody asked for fresh evidence meanwhile: its certificate is new as well
+            self._renew_now.clear()
             try:
                 await self.refresh()
             except CloisterError as error:

@@ -66,6 +66,7 @@ __all__ = [
 
 _MAX_SPKI: Final = 512  # a P-256 SubjectPublicKeyInfo has 91 bytes
 _NONCE_SIZES: Final = (32, 48)
+_TRUST_BUNDLE_SIZES: Final = (0, 48)
 _MAX_PLATFORMS: Final = 4096  # whose family is remembered; about 100 bytes each
 _T = TypeVar("_T")
 _Args = TypeVarTuple("_Args")
@@ -95,6 +96,7 @@ class VerifiedEvidence:
     tls_spki_der: bytes
     hpke_public_key: bytes
     receipt_spki_der: bytes  # empty when the role signs no receipts
+    trust_bundle: bytes  # digest of the trust bundle it holds now, 48 bytes; what it started with is the workload's
 
 
 @dataclass(slots=True)
@@ -218,6 +220,7 @@ class EvidenceVerifier:
             tls_spki_der=evidence.tls_spki_der,
             hpke_public_key=evidence.hpke_public_key,
             receipt_spki_der=evidence.receipt_spki_der,
+            trust_bundle=evidence.trust_bundle or workload.trust_bundle,
         )
 
 
@@ -232,6 +235,7 @@ def report_data_of(evidence: evidence_pb2.Evidence) -> bytes:
         hpke_kem_id=evidence.hpke_kem_id,
         hpke_public_key=evidence.hpke_public_key,
         receipt_spki_der=evidence.receipt_spki_der,
+        trust_bundle=evidence.trust_bundle,
     )
 
 
@@ -282,6 +286,8 @@ def _form(evidence: evidence_pb2.Evidence, checklist: Checklist) -> Role:
     )
     receipt = not evidence.receipt_spki_der or load_ed25519_spki(evidence.receipt_spki_der) is not None
     require("receipt-key", receipt, "an Ed25519 key or none", "as wanted" if receipt else "something else")
+    size = len(evidence.trust_bundle)
+    require("trust-bundle-size", size in _TRUST_BUNDLE_SIZES, "48 bytes or none", f"{size} bytes")
     return Role(evidence.role)
 
 

@@ -23,7 +23,7 @@ from cloister.guest.provider import QuoteProvider, open_provider
 from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
 from cloister.identity import Role
 from cloister.tdx.eventlog import Event, EventLog, EventLogRejected
-from cloister.tdx.workload import KEY, SEALED, KeyClaim, WorkloadPlan
+from cloister.tdx.workload import KEY, SEALED, TRUST_BUNDLE, KeyClaim, WorkloadPlan
 
 _RTMR: Final = 3
 _SIGNS_RECEIPTS: Final = frozenset({Role.KEYBROKER})
@@ -64,6 +64,7 @@ class Guest:
         self._log = self._boot_log(provider)
         self._role: Role | None = None
         self._keys: TdKeys | None = None
+        self._trust_bundle = b""
 
     @classmethod
     def open(cls, provider_uri: str) -> Guest:
@@ -113,6 +114,15 @@ class Guest:
             self._role, self._keys = role, TdKeys.generate()
             return self._keys
 
+    def hold_trust(self, digest: bytes) -> None:
+        """Say in all evidence from now on which trust bundle (SHA-384, 48 bytes) is held in place of the measured one.
+
+        A register cannot take back what it was extended with: the measured bundle is what this TD began with.
+        """
+        with self._lock:
+            measured = next((event.payload for event in self._log.of(_RTMR) if event.name == TRUST_BUNDLE), b"")
+            self._trust_bundle = b"" if digest == measured else digest
+
     def run_as(self, plan: WorkloadPlan) -> TdKeys:
         """Measure a whole workload, seal, and make the TD's keys; raise EventLogRejected for a plan that is none."""
         for event in plan.events[:-1]:
@@ -133,6 +143,7 @@ class Guest:
             receipt_spki_der=keys.receipt_spki_der if role in _SIGNS_RECEIPTS else b"",
         )
         with self._lock:
+            evidence.trust_bundle = self._trust_bundle
             evidence.quote = self._provider.quote(report_data_of(evidence))
             evidence.event_log = self._log.to_json()
         return evidence

@@ -84,13 +84,15 @@ def digest_of_sources(name: str) -> bytes:
     return sha384(tlv("cloister-sources-v1", name, *fields))
 
 
-def attest_configuration(config_bytes: bytes, root_der: bytes, policy: bytes, references: Sequence[bytes]) -> bytes:
+def attest_configuration(
+    config_bytes: bytes, root_der: bytes, policy: bytes, references: Sequence[bytes], *, share_set: bytes = b""
+) -> bytes:
     """Return what attest measures as its configuration.
 
-    Its file only names root, policy and reference sets (texts, by name); who may vouch for quotes, and what must hold
-    of them, is part of what an attest is.
+    Its file only names root, policy, reference sets (texts, by name) and share set; who may vouch for quotes, what must
+    hold of them, and who can bring back the CA, is part of what an attest is.
     """
-    return tlv("cloister-attest-config-v2", config_bytes, root_der, policy, *references)
+    return tlv("cloister-attest-config-v3", config_bytes, root_der, policy, share_set, *references)
 
 
 @functools.cache

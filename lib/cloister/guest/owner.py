@@ -11,6 +11,7 @@ import asyncio
 import secrets
 import socket
 import ssl
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
@@ -34,6 +35,8 @@ from cloister.runtime.pem import read_leaf
 from cloister.tdx.check import Check
 
 _CALL_TIMEOUT_S: Final = 20.0
+_AGAIN_S: Final = 1.0
+_BUNDLE_CHECK: Final = "service.trust-bundle"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +58,38 @@ async def verify_service_evidence(
     verifier: EvidenceVerifier,
     expected_scripts: Collection[bytes],
     now: datetime,
+    patience_s: float = 0.0,
 ) -> VerifiedService:
     """Fetch and verify the evidence of the service at `endpoint`.
 
     `verifier` is this machine's own: root, collateral and policy; attest is not asked. `expected_scripts` are SHA-384
-    digests (48 bytes) of the service's package; none expected means none accepted.
+    digests (48 bytes) of the service's package; none expected means none accepted. A service that does not hold this
+    machine's trust bundle is asked again for up to `patience_s` seconds: while a CA changes, one of them learns first.
     Raises CloisterError(EVIDENCE_UNEXPECTED) that names the failed check, or UNREACHABLE.
     """
-    material = credentials.current()
+    end = time.monotonic() + patience_s
+    while True:
+        found = await _verify_once(endpoint, role, credentials.current(), verifier, expected_scripts, now)
+        if isinstance(found, VerifiedService):
+            return found
+        if found.failed.name != _BUNDLE_CHECK or time.monotonic() + _AGAIN_S > end:
+            raise CloisterError(
+                Code.EVIDENCE_UNEXPECTED,
+                what=f"what answers as {role} at {endpoint} is not to be trusted",
+                why=str(found),
+                todo="give it no data; compare the installed release with the one that is expected",
+            )
+        await asyncio.sleep(_AGAIN_S)
+
+
+async def _verify_once(
+    endpoint: str,
+    role: Role,
+    material: TlsMaterial,
+    verifier: EvidenceVerifier,
+    expected_scripts: Collection[bytes],
+    now: datetime,
+) -> VerifiedService | EvidenceRefused:
     leaf_pem = await asyncio.to_thread(_leaf_at, endpoint, role, material)
     me, domain = str(material.spiffe_id), material.spiffe_id.trust_domain
     nonce = secrets.token_bytes(NONCE_SIZE)
@@ -84,19 +111,15 @@ async def verify_service_evidence(
             wanted=" or ".join(short(digest) for digest in expected_scripts) or "nothing: no digest is expected",
             got=short(script),
         )
-        bundle_digest = evidence.workload.trust_bundle
-        checklist.require_equal("service.trust-bundle", unexpected, wanted=material.bundle.digest, got=bundle_digest)
+        # What it holds now; what it began with is for attest to judge.
+        bundle_digest = evidence.trust_bundle
+        checklist.require_equal(_BUNDLE_CHECK, unexpected, wanted=material.bundle.digest, got=bundle_digest)
         leaf_spki = (
             read_leaf(leaf_pem).certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         )
         checklist.require_equal("service.tls-key", unexpected, wanted=evidence.tls_spki_der, got=leaf_spki)
     except EvidenceRefused as error:
-        raise CloisterError(
-            Code.EVIDENCE_UNEXPECTED,
-            what=f"what answers as {role} at {endpoint} is not to be trusted",
-            why=str(error),
-            todo="give it no data; compare the installed release with the one that is expected",
-        ) from None
+        return error
     return VerifiedService(role, endpoint, evidence, checklist.checks, leaf_pem)
 
 

@@ -73,6 +73,7 @@ class RecordedEvidence(_Part):
     hpke_kem_id: int = Field(ge=0, lt=2**32)
     hpke_public_key: bytes
     receipt_spki_der: bytes
+    trust_bundle: bytes = b""
 
     @classmethod
     def of(cls, evidence: evidence_pb2.Evidence) -> RecordedEvidence:

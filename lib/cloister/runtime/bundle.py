@@ -20,24 +20,29 @@ from cloister.identity import Role
 from cloister.runtime.pem import PemInvalid, is_issued_by, read_certificates
 from cloister.tlv import sha384
 
-_MAX_BYTES: Final = 256 * 1024  # seven intermediates of 1 KiB, twice during a CA change, and some room
+MAX_BUNDLE_BYTES: Final = 256 * 1024  # seven intermediates of 1 KiB, twice during a CA change, and some room
 _MAX_CERTIFICATES: Final = 4  # per role: the CA in force, and its neighbours while CAs change
 _MAX_TOKEN_KEYS: Final = 8
 _DOMAIN: Final = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _EPOCH: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_FIELDS: Final = frozenset({"trust_domain", "epoch", "root_pem", "intermediates", "token_keys"})
+_FIELDS: Final = frozenset({"trust_domain", "epoch", "sequence", "root_pem", "intermediates", "token_keys"})
+_MAX_SEQUENCE: Final = 2**53 - 1  # what every JSON reader keeps
 _JWK_FIELDS: Final = frozenset({"kty", "crv", "x", "y", "kid", "alg", "use"})
 
 
 @dataclass(frozen=True, slots=True)
 class TrustBundle:
-    """What a process trusts. `root_pem` and each intermediate hold one certificate, or a few while CAs change."""
+    """What a process trusts. `root_pem` and each intermediate hold one certificate, or a few while CAs change.
+
+    `epoch` is the newest. `sequence` rises with every change of CAs: a trust update below it is an old one.
+    """
 
     trust_domain: str
     epoch: str
     root_pem: bytes
     intermediates: Mapping[Role, bytes]
     token_keys: tuple[Mapping[str, str], ...]
+    sequence: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "intermediates", MappingProxyType(dict(self.intermediates)))
@@ -47,8 +52,8 @@ class TrustBundle:
     @classmethod
     def parse(cls, data: bytes) -> TrustBundle:
         """Parse the JSON form; raise CloisterError(BUNDLE_INVALID) for anything unexpected in it."""
-        if len(data) > _MAX_BYTES:
-            _refuse(f"longer than {_MAX_BYTES} bytes")
+        if len(data) > MAX_BUNDLE_BYTES:
+            _refuse(f"longer than {MAX_BUNDLE_BYTES} bytes")
         try:
             fields = json.loads(data.decode("ascii"), object_pairs_hook=_object)
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -71,6 +76,7 @@ class TrustBundle:
             root_pem=_text(fields["root_pem"]).encode("ascii"),
             intermediates=intermediates,
             token_keys=tuple(keys),
+            sequence=_number(fields["sequence"]),
         )
 
     def to_bytes(self) -> bytes:
@@ -78,6 +84,7 @@ class TrustBundle:
         fields = {
             "trust_domain": self.trust_domain,
             "epoch": self.epoch,
+            "sequence": self.sequence,
             "root_pem": self.root_pem.decode("ascii"),
             "intermediates": {str(role): pem.decode("ascii") for role, pem in self.intermediates.items()},
             "token_keys": [dict(key) for key in self.token_keys],
@@ -148,6 +155,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.isascii():
         _refuse("trust_domain, epoch and PEM fields are ASCII text")
+    return value
+
+
+def _number(value: Any) -> int:
+    # bool is an int in Python and true is not a number in JSON.
+    if type(value) is not int or not 0 <= value <= _MAX_SEQUENCE:
+        _refuse(f"sequence is an integer from 0 to {_MAX_SEQUENCE}")
     return value
 
 

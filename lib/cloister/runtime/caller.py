@@ -16,7 +16,7 @@ from typing import Final, NoReturn
 from cloister.errors import CloisterError, Code
 from cloister.identity import SpiffeId
 from cloister.runtime.bundle import TrustBundle
-from cloister.runtime.credentials import spiffe_id_of
+from cloister.runtime.credentials import NOTHING_REVOKED, Revoked, TlsMaterial, spiffe_id_of
 from cloister.runtime.pem import PemInvalid, is_leaf_of, read_leaf
 
 REQUEST_ID_KEY: Final = "x-request-id"
@@ -71,17 +71,24 @@ def bind_request_id(offered: str = "") -> str:
 
 
 def caller_of_grpc(
-    auth_context: Mapping[str, Iterable[bytes]], peer: str, bundle: TrustBundle, now: datetime
+    auth_context: Mapping[str, Iterable[bytes]],
+    peer: str,
+    bundle: TrustBundle,
+    now: datetime,
+    *,
+    revoked: Revoked = NOTHING_REVOKED,
 ) -> Caller:
     """Read the caller off a gRPC auth context; raise CloisterError when it is not exactly one of ours, in force.
 
-    gRPC leaves `peer_spiffe_id` out when a certificate has two URI names: absent means nobody.
+    gRPC leaves `peer_spiffe_id` out when a certificate has two URI names: absent means nobody. `revoked` are
+    certificates that are not in force any more.
     """
     first = {name: next(iter(values), b"") for name, values in auth_context.items()}
     caller = _caller_of(
         first.get("x509_pem_cert", b""),
         bundle,
         now,
+        revoked,
         tls_version=_ascii(first.get("ssl_tls_version", b"")),
         key_exchange_group=_ascii(first.get("ssl_negotiated_key_exchange_group", b"")),
         peer=peer,
@@ -91,13 +98,21 @@ def caller_of_grpc(
     return caller
 
 
-def caller_of_tls(connection: ssl.SSLObject | ssl.SSLSocket, peer: str, bundle: TrustBundle, now: datetime) -> Caller:
+def caller_of_tls(
+    connection: ssl.SSLObject | ssl.SSLSocket,
+    peer: str,
+    bundle: TrustBundle,
+    now: datetime,
+    *,
+    revoked: Revoked = NOTHING_REVOKED,
+) -> Caller:
     """Read the caller off an HTTPS connection; same rules as for gRPC."""
     der = connection.getpeercert(binary_form=True)
     return _caller_of(
         ssl.DER_cert_to_PEM_cert(der).encode("ascii") if der else b"",
         bundle,
         now,
+        revoked,
         tls_version=connection.version() or "",
         key_exchange_group="",
         peer=peer,
@@ -105,7 +120,14 @@ def caller_of_tls(connection: ssl.SSLObject | ssl.SSLSocket, peer: str, bundle: 
 
 
 def _caller_of(
-    leaf_pem: bytes, bundle: TrustBundle, now: datetime, *, tls_version: str, key_exchange_group: str, peer: str
+    leaf_pem: bytes,
+    bundle: TrustBundle,
+    now: datetime,
+    revoked: Revoked,
+    *,
+    tls_version: str,
+    key_exchange_group: str,
+    peer: str,
 ) -> Caller:
     if not leaf_pem:
         _unknown("no certificate was shown")
@@ -117,7 +139,7 @@ def _caller_of(
     if spiffe_id.trust_domain != bundle.trust_domain:
         _unknown(f"the certificate is of another trust domain than {bundle.trust_domain}")
     # TLS accepted any CA of the bundle; this holds each CA to its own role. It also ends connections that began
-    # under a CA which the bundle has dropped since, and the next check those that outlive their certificate.
+    # under a CA which the bundle has dropped since, and the next checks those that outlive their certificate.
     if not is_leaf_of(leaf_pem, bundle.intermediate(spiffe_id.role)):
         _unknown(f"the CA for the role {spiffe_id.role} did not issue this certificate")
     if leaf.not_after <= now:
@@ -127,7 +149,31 @@ def _caller_of(
             why=f"it was valid until {leaf.not_after:%Y-%m-%d %H:%M:%S} UTC",
             todo="enrol again",
         )
+    if revoked.names(leaf):
+        raise no_longer_in_force()
     return Caller(spiffe_id, leaf.der, leaf.sha256, tls_version, key_exchange_group, peer)
+
+
+def is_revoked(caller: Caller, trusted: TlsMaterial, now: datetime) -> bool:
+    """Say whether a caller of before is none any more, although its certificate has time left or had when it called.
+
+    A certificate that runs out in the middle of a call is no news: the call was begun in time. The same goes for its
+    CA, which leaves the bundle when all that it issued has run out.
+    """
+    leaf_pem = ssl.DER_cert_to_PEM_cert(caller.certificate_der).encode("ascii")
+    leaf = read_leaf(leaf_pem)
+    known = is_leaf_of(leaf_pem, trusted.bundle.intermediate(caller.spiffe_id.role))
+    return trusted.revoked.names(leaf) or (not known and leaf.not_after > now)
+
+
+def no_longer_in_force() -> CloisterError:
+    """Return what a caller with a revoked certificate is told."""
+    return CloisterError(
+        Code.DENY_LISTED,
+        what="this certificate is not in force any more",
+        why="attest has revoked it",
+        todo="enrol again; if that is refused, ask an operator",
+    )
 
 
 def _ascii(value: bytes) -> str:

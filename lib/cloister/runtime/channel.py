@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, TypeVar
@@ -12,6 +13,7 @@ import grpc
 
 from cloister.errors import CloisterError, Code
 from cloister.identity import Role, dns_name
+from cloister.runtime.address import split_address
 from cloister.runtime.bundle import TrustBundle
 from cloister.runtime.caller import REQUEST_ID_KEY, current_request_id, new_request_id
 from cloister.runtime.credentials import CredentialSource, TlsMaterial
@@ -186,6 +188,25 @@ def open_enrolment_channel(endpoint: str, *, bundle: TrustBundle, limits: Limits
     return SwappingChannel(_ServerTls(endpoint, bundle, bounds), bounds)
 
 
+async def open_public_channel(endpoint: str, *, trust_domain: str, limits: Limits | None = None) -> SwappingChannel:
+    """Return a channel to whoever answers as attest at `endpoint`, for what proves itself: signed, or sealed to a key.
+
+    Nothing is believed of the certificate that is shown. Raises CloisterError(UNREACHABLE).
+    """
+    bounds = limits or Limits()
+    try:
+        address = split_address(endpoint)
+        pem = await asyncio.to_thread(ssl.get_server_certificate, address, timeout=bounds.connect_timeout_s)
+    except OSError as error:  # ssl.SSLError is one
+        raise CloisterError(
+            Code.UNREACHABLE,
+            what=f"nobody can be reached at {endpoint}",
+            why=str(error),
+            todo="check the address, and that attest runs",
+        ) from None
+    return SwappingChannel(_Whoever(endpoint, pem.encode("ascii"), trust_domain, bounds), bounds)
+
+
 class _MutualTls:
     def __init__(self, endpoint: str, role: Role, credentials: CredentialSource, limits: Limits) -> None:
         self._endpoint, self._role, self._credentials, self._limits = endpoint, role, credentials, limits
@@ -221,6 +242,22 @@ class _ServerTls:
 
     def explain(self) -> str:
         return explain_tls(self._endpoint, None, Role.ATTEST, bundle=self._bundle, timeout_s=_EXPLAIN_WITHIN_S)
+
+
+class _Whoever:
+    def __init__(self, endpoint: str, leaf_pem: bytes, trust_domain: str, limits: Limits) -> None:
+        self._endpoint, self._leaf_pem, self._trust_domain, self._limits = endpoint, leaf_pem, trust_domain, limits
+
+    def generation(self) -> bytes:
+        return self._leaf_pem
+
+    def connect(self) -> grpc.aio.Channel:
+        tls = grpc.ssl_channel_credentials(root_certificates=self._leaf_pem)
+        name = dns_name(Role.ATTEST, self._trust_domain)
+        return grpc.aio.secure_channel(self._endpoint, tls, options=channel_options(self._limits, name))
+
+    def explain(self) -> str:
+        return "it shows another certificate each time, or one of another trust domain"
 
 
 async def invoke(method: Any, request: Any, *, timeout_s: float, what: str) -> Any:

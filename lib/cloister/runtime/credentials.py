@@ -25,6 +25,21 @@ _MAX_FILE_BYTES: Final = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
+class Revoked:
+    """What is not in force any more, although its time is not over."""
+
+    certificates: frozenset[bytes] = frozenset()  # SHA-256 of leaves (DER), 32 bytes
+    authorities: frozenset[bytes] = frozenset()  # key identifiers of CAs, 20 bytes
+
+    def names(self, leaf: Leaf) -> bool:
+        """Say whether this certificate is one of them."""
+        return leaf.sha256 in self.certificates or leaf.issuer_key_id in self.authorities
+
+
+NOTHING_REVOKED: Final = Revoked()
+
+
+@dataclass(frozen=True, slots=True)
 class TlsMaterial:
     """One generation of credentials. `chain_pem` is the leaf, then the CA of its role."""
 
@@ -33,6 +48,14 @@ class TlsMaterial:
     bundle: TrustBundle
     spiffe_id: SpiffeId
     not_after: datetime
+    revoked: Revoked = NOTHING_REVOKED
+
+    @property
+    def is_trusted(self) -> bool:
+        """Say whether those who trust the same would accept this certificate: its CA is there, nobody revoked it."""
+        issuers = self.bundle.intermediates.get(self.spiffe_id.role, b"")
+        leaf = read_leaf(self.chain_pem)
+        return bool(issuers) and is_leaf_of(self.chain_pem, issuers) and not self.revoked.names(leaf)
 
     @classmethod
     def from_pem(cls, private_key_pem: SecretBytes, chain_pem: bytes, bundle: TrustBundle) -> TlsMaterial:

@@ -42,6 +42,17 @@ _PRAGMAS: Final = (
 )
 
 
+# What says something about the disk, and nothing about the work that met it.
+_OF_THE_DISK: Final = (
+    apsw.FullError,
+    apsw.IOError,
+    apsw.CorruptError,
+    apsw.NotADBError,
+    apsw.ReadOnlyError,
+    apsw.CantOpenError,
+)
+
+
 @dataclass(slots=True)
 class _Work:
     run: Callable[[apsw.Connection], Any]
@@ -249,7 +260,7 @@ class Database:
         try:
             result = work.run(connection)
         except BaseException as error:  # belongs to the caller, whatever it is
-            caught = _failed(self._path, error) if isinstance(error, apsw.FullError | apsw.IOError) else error
+            caught = _failed(self._path, error) if isinstance(error, _OF_THE_DISK) else error
             # A full disk may have ended the transaction already; then the whole batch fails below.
             if not connection.in_transaction:
                 raise apsw.FullError("the transaction was rolled back") from error
@@ -328,6 +339,13 @@ def _failed(path: Path, error: BaseException) -> CloisterError:
             what=f"{path} is in use",
             why="another process has it open, and a database has one owner",
             todo="stop that process",
+        )
+    if isinstance(error, apsw.CorruptError | apsw.NotADBError):
+        return CloisterError(
+            Code.IO_FAILED,
+            what=f"{path} is damaged",
+            why=f"SQLite: {error}; nothing in it was changed",
+            todo="keep it for an investigation, and restore a backup",
         )
     return CloisterError(
         Code.IO_FAILED,

@@ -7,7 +7,8 @@ In this order, for each call:
   3. the caller's quota, if there is one; the caller table: role against method; a method without a row is for nobody
   4. the handler, under the caller's deadline or the server's cap, whichever is nearer
   5. CloisterError becomes google.rpc.Status; anything else is logged and becomes INTERNAL without its text
-  6. one log line and the metrics: method, caller, code, duration; never a payload
+  6. when trust changes while calls run, those of callers who are none any more end
+  7. one log line and the metrics: method, caller, code, duration; never a payload
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ import structlog
 
 from cloister.errors import GRPC_STATUS, CloisterError, Code
 from cloister.identity import Role
-from cloister.runtime.caller import REQUEST_ID_KEY, Caller, bind_caller, bind_request_id, caller_of_grpc
+from cloister.runtime.caller import (
+    REQUEST_ID_KEY,
+    Caller,
+    bind_caller,
+    bind_request_id,
+    caller_of_grpc,
+    is_revoked,
+    no_longer_in_force,
+)
 from cloister.runtime.credentials import CredentialSource
 from cloister.runtime.limits import Limits
 from cloister.runtime.logging import get_logger
@@ -53,12 +62,22 @@ class Guard:
     quota: IdentityQuota | None = None  # of each caller; health is free
     watchers: set[asyncio.Task[Any]] = field(default_factory=set)  # health watches never end by themselves
     released: set[asyncio.Task[Any]] = field(default_factory=set)
+    running: dict[asyncio.Task[Any], Caller] = field(default_factory=dict)
+    revoked: set[asyncio.Task[Any]] = field(default_factory=set)  # cancelled because of their caller
 
     def release_watchers(self) -> None:
         """End what would hold up a drain until its grace is over."""
         self.released.update(self.watchers)
         for task in self.released:
             task.cancel()
+
+    def recheck(self) -> None:
+        """End the running calls of callers whose certificate is not in force any more. On the server's event loop."""
+        trusted, now = self.credentials.current(), datetime.now(UTC)
+        for task, caller in tuple(self.running.items()):
+            if is_revoked(caller, trusted, now):
+                self.revoked.add(task)
+                task.cancel()
 
     def wrap(self, service: str, handlers: Handlers) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """Return the handlers of a service behind the guard; raise TypeError for one that is not async."""
@@ -130,6 +149,8 @@ class _Method:
             self._identify(context, outcome)
             with self._quota(outcome):
                 self._admit(outcome)
+                if task is not None and outcome.caller is not None:
+                    self.guard.running[task] = outcome.caller
                 async with timer:
                     yield
             outcome.code = _code_set_by_handler(context)
@@ -140,6 +161,8 @@ class _Method:
             outcome.code = "CANCELLED"
             if task in self.guard.released:  # by ourselves: gRPC would send no status, and wait for one
                 await self._abort(context, _stopping(), request_id, outcome)
+            if task in self.guard.revoked:
+                await self._abort(context, no_longer_in_force(), request_id, outcome)
             raise
         except CloisterError as error:
             await self._abort(context, error, request_id, outcome)
@@ -149,14 +172,18 @@ class _Method:
             get_logger().error("handler failed", method=self.path, exc_info=error)
             await self._abort(context, internal_error(request_id), request_id, outcome)
         finally:
+            if task is not None:
+                self.guard.running.pop(task, None)
+                self.guard.revoked.discard(task)
             self._report(outcome, time.monotonic() - started)
 
     def _identify(self, context: _Context, outcome: _Outcome) -> None:
         if self.guard.anonymous:
             bind_caller(None)
             return
-        bundle = self.guard.credentials.current().bundle
-        caller = caller_of_grpc(context.auth_context(), context.peer(), bundle, datetime.now(UTC))
+        trusted = self.guard.credentials.current()
+        now = datetime.now(UTC)
+        caller = caller_of_grpc(context.auth_context(), context.peer(), trusted.bundle, now, revoked=trusted.revoked)
         outcome.caller = caller
         bind_caller(caller)
 

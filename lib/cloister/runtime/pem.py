@@ -29,6 +29,7 @@ class Leaf:
     sha256: bytes
     uris: tuple[str, ...]
     not_after: datetime
+    issuer_key_id: bytes  # authority key identifier (20 bytes); empty when there is none
 
 
 def read_certificates(pem: bytes) -> tuple[x509.Certificate, ...]:
@@ -67,7 +68,18 @@ def read_leaf(pem: bytes) -> Leaf:
         sha256=hashlib.sha256(der).digest(),
         uris=uri_names(certificate),
         not_after=certificate.not_valid_after_utc,
+        issuer_key_id=_issuer_key_id(certificate),
     )
+
+
+def _issuer_key_id(certificate: x509.Certificate) -> bytes:
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        return b""
+    except ValueError as error:
+        raise PemInvalid(f"authority key identifier does not parse: {error}") from None
+    return found.key_identifier or b""
 
 
 def is_issued_by(leaf: x509.Certificate, issuer: x509.Certificate) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,15 @@ class GrpcServer:
         except RuntimeError:
             raise bind_error(self._listen) from None
         await server.start()
+        loop = asyncio.get_running_loop()
+
+        def recheck() -> None:
+            """Look at the running calls again, wherever the news came from."""
+            if self._server is not None and not loop.is_closed():
+                loop.call_soon_threadsafe(self._guard.recheck)
+
+        if not self._anonymous:
+            self._credentials.on_change(recheck)
         self._server, self.endpoint = server, f"{host}:{port}"
         await self.health.set_serving(serving, self._names)
         get_logger().info("listening", endpoint=self.endpoint, services=list(self._names), anonymous=self._anonymous)

@@ -22,6 +22,7 @@ from cloister_sim.ehsm.service import Clock, EhsmService, Generation, system_clo
 from cloister_sim.ehsm.wire import Answer
 
 _NIGHT_S: Final = 86_400.0
+_SAVE_S: Final = 1.0  # what a killed server forgets of the requests it has seen
 _IDLE_S: Final = 6.0  # after which EHSM closes an idle connection
 _SHUTDOWN_S: Final = 0.5
 _HTML: Final = "text/html; charset=utf-8"
@@ -43,7 +44,7 @@ class EhsmServer:
         self._directory = directory
         self._listen = listen
         self._runner: web.AppRunner | None = None
-        self._nightly: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self.certificate_file = directory / "server.pem"
         self.url = ""
 
@@ -56,6 +57,7 @@ class EhsmServer:
 
     async def start(self) -> None:
         """Listen; raise CloisterError when that cannot be."""
+        await self.service.load()
         context, self.certificate_file = server_context(self._directory, datetime.now(UTC))
         application = web.Application(client_max_size=ehsm.MAX_BODY)
         application.router.add_route("*", "/{path:.*}", self._answer)
@@ -70,22 +72,27 @@ class EhsmServer:
             await self.stop()
             raise bind_error(self._listen, error) from None
         self.url = f"https://{host}:{self._runner.addresses[0][1]}"
-        self._nightly = asyncio.create_task(self._every_night(), name="ehsm sweep")
+        self._tasks = [asyncio.create_task(work) for work in (self._every_night(), self._every_second())]
 
     async def stop(self) -> None:
         """Close connections and storage; what is kept stays on disk."""
-        if self._nightly is not None:
-            self._nightly.cancel()
-            await asyncio.gather(self._nightly, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._runner is not None:
             await self._runner.cleanup()
-        self.service.close()
+        await self.service.close()
 
     async def _every_night(self) -> None:
         while True:
             await asyncio.sleep(_NIGHT_S)
             await self.service.sweep()
             self.service.publish_collateral()
+
+    async def _every_second(self) -> None:
+        while True:
+            await asyncio.sleep(_SAVE_S)
+            await self.service.save()
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         if request.path not in ("/ehsm", "/ehsm/") or request.method not in ("GET", "POST"):

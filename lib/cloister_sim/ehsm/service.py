@@ -16,6 +16,7 @@ from cloister_sim.ehsm import core
 from cloister_sim.ehsm.fields import read_payload
 from cloister_sim.ehsm.keyactions import KeyActions
 from cloister_sim.ehsm.quoteactions import QuoteActions
+from cloister_sim.ehsm.replay import ReplayWindow, Seen
 from cloister_sim.ehsm.secretactions import SecretActions
 from cloister_sim.ehsm.vault import Vault
 from cloister_sim.ehsm.wire import OPEN_ACTIONS, Answer, Call, Refused, Request, bad_request, parse_request
@@ -50,6 +51,7 @@ class EhsmService:
         self._quotes = quotes
         self._clock = clock
         self._generation = generation
+        self._replay = ReplayWindow(nonce_counts=generation is not Generation.OLD)
         keys, secrets = KeyActions(vault), SecretActions(vault)
         self._handlers: dict[str, Handler] = {
             "CreateKey": keys.create,
@@ -108,7 +110,17 @@ class EhsmService:
         """Renew the collateral that quotes are verified with; daily."""
         self._quotes.publish()
 
-    def close(self) -> None:
+    async def load(self) -> None:
+        """Remember what was saved; before the first request."""
+        self._replay.load(await self._vault.requests(self._clock()))
+
+    async def save(self) -> None:
+        """Put on disk which requests were seen; now and then, and before the end."""
+        if seen := self._replay.take_unsaved():
+            await self._vault.save_requests(seen, self._clock())
+
+    async def close(self) -> None:
+        await self.save()
         self._vault.close()
 
     async def sweep(self) -> int:
@@ -155,14 +167,7 @@ class EhsmService:
         wanted = ehsm.encode(hmac.digest(api_key.reveal(), request.text, "sha256"))
         if not hmac.compare_digest(wanted.encode(), request.sign.encode(errors="replace")):
             raise bad_request("sign error")
-        await self._vault.remember(
-            request.appid,
-            request.timestamp,
-            request.nonce,
-            request.sign,
-            now_ms=now_ms,
-            nonce_counts=self._generation is not Generation.OLD,
-        )
+        self._replay.remember(Seen(request.appid, request.timestamp, request.nonce, request.sign, now_ms))
         return api_key
 
 

@@ -28,6 +28,7 @@ from cloister.runtime.database import Database
 from cloister.secret import SecretBytes
 from cloister.tlv import tlv
 from cloister_sim.ehsm.core import Material
+from cloister_sim.ehsm.replay import Seen
 from cloister_sim.ehsm.wire import Refused, bad_request
 
 T = TypeVar("T")
@@ -64,8 +65,6 @@ _MIGRATIONS: Final = (
         appid TEXT NOT NULL, timestamp TEXT NOT NULL, nonce TEXT NOT NULL, sign TEXT NOT NULL,
         arrived_ms INTEGER NOT NULL
     ) STRICT;
-    CREATE INDEX requests_by_time ON requests (appid, timestamp);
-    CREATE INDEX requests_by_nonce ON requests (appid, nonce);
     CREATE INDEX requests_by_arrival ON requests (arrived_ms);
     """,
 )
@@ -91,6 +90,7 @@ class Vault:
     def __init__(self, database: Database, domain: SecretBytes) -> None:
         self._database = database
         self._cipher = AESGCM(domain.reveal())
+        self._api_keys: dict[str, SecretBytes] = {}
 
     @classmethod
     def open(cls, directory: Path) -> Vault:
@@ -139,30 +139,31 @@ class Vault:
         return appid, api_key
 
     async def api_key(self, appid: str) -> SecretBytes | None:
+        if appid in self._api_keys:  # users never change
+            return self._api_keys[appid]
         row = await self.read(lambda db: db.execute("SELECT api_key FROM users WHERE appid = ?", (appid,)).get)
-        return None if row is None else SecretBytes(self.unseal(row, "users", appid))
+        if row is None:
+            return None
+        self._api_keys[appid] = SecretBytes(self.unseal(row, "users", appid))
+        return self._api_keys[appid]
 
     # requests seen
 
-    async def remember(
-        self, appid: str, timestamp: str, nonce: str, sign: str, *, now_ms: int, nonce_counts: bool
-    ) -> None:
-        """Remember an authentic request; raise Refused for one that cannot be told from one seen before.
+    async def requests(self, now_ms: int) -> list[Seen]:
+        """Return what was saved of the last twenty minutes."""
+        query = "SELECT * FROM requests WHERE arrived_ms >= ? ORDER BY arrived_ms"
+        rows: list[Any] = await self.read(lambda db: db.execute(query, (now_ms - ehsm.REPLAY_WINDOW_MS,)).fetchall())
+        return [Seen(*row) for row in rows]
 
-        EHSM's rule: some request had this nonce, and some, not necessarily the same, had this timestamp. Without
-        nonces (version 0.3.2) the timestamp alone. And beyond EHSM: no signature counts twice.
-        """
+    async def save_requests(self, seen: Sequence[Seen], now_ms: int) -> None:
+        """Save what was seen, and forget what is too old to matter."""
 
-        def check(db: apsw.Connection) -> None:
+        def insert(db: apsw.Connection) -> None:
             db.execute("DELETE FROM requests WHERE arrived_ms < ?", (now_ms - ehsm.REPLAY_WINDOW_MS,))
-            of = "SELECT sign FROM requests WHERE appid = ?"
-            times = db.execute(f"{of} AND timestamp = ?", (appid, timestamp)).fetchall()
-            nonces = db.execute(f"{of} AND nonce = ? LIMIT 1", (appid, nonce)).fetchall()
-            if times and (nonces or not nonce_counts or any(row[0] == sign for row in times)):
-                raise bad_request("Timestamp can't be repeated in 20 minutes")
-            db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?)", (appid, timestamp, nonce, sign, now_ms))
+            rows = [(one.appid, one.timestamp, one.nonce, one.sign, one.arrived_ms) for one in seen]
+            db.executemany("INSERT INTO requests VALUES (?, ?, ?, ?, ?)", rows)
 
-        await self.write(check)
+        await self.write(insert)
 
     # keys
 

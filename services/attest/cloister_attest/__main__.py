@@ -26,6 +26,7 @@ from cloister.guest.guest import Guest
 from cloister.guest.measure import attest_configuration, read_measured
 from cloister.guest.service import measure_service
 from cloister.identity import Role, SpiffeId
+from cloister.recovery import ShareSet
 from cloister.runtime.config import load_measured_config
 from cloister.runtime.database import Database
 from cloister.runtime.door import Door, DoorLimits
@@ -37,24 +38,36 @@ from cloister.runtime.marks import Marks
 from cloister.runtime.metrics import MetricsServer, RpcMetrics
 from cloister.runtime.probes import ProbeServer
 from cloister.runtime.server import GrpcServer
+from cloister.secret import SecretBytes
 from cloister.tdx.intelroot import intel_root
 from cloister.tdx.trustroot import TrustRoot
 from cloister_attest.appraise import AppraisalPolicy
-from cloister_attest.authority import Authority
+from cloister_attest.ca import Told, WorkloadCa
+from cloister_attest.castate import CaState, Vault
 from cloister_attest.collateral import open_collateral
 from cloister_attest.config import AttestConfig
 from cloister_attest.denylist import DenyList
 from cloister_attest.enrolment import Enrolment, Terms
-from cloister_attest.identities import IdentityServicer, identity_services
+from cloister_attest.epochs import Schedule
+from cloister_attest.identities import Callers, IdentityServicer, identity_services
+from cloister_attest.issued import IssuedRegister
 from cloister_attest.jwks import JwksServer
+from cloister_attest.opening import Opening
+from cloister_attest.operators import OperatorServicer, operator_services
 from cloister_attest.ratelimit import RateLimit
+from cloister_attest.recovering import recover
 from cloister_attest.references import load_references
 from cloister_attest.registry import MIGRATIONS, Registry
 from cloister_attest.results import td_policy_digest
+from cloister_attest.revocation import Revocation
 from cloister_attest.service import CALLERS, ENROLMENT_CALLERS, ENROLMENT_LIMITS, enrolment_services, services
+from cloister_attest.tableseal import TableSealer
+from cloister_attest.users import Standing, User, UserRegister
 from cloister_attest.verdicts import Verdicts
 
 _DRAIN_S = 5.0
+# In the state directory, while attest waits for recovery shares: where it can be reached.
+RECOVERY_ENDPOINT = "recovery.json"
 # Verification is Python and holds the interpreter: more threads would only take turns, and the event loop one of them.
 _WORKERS = 2
 _T = TypeVar("_T")
@@ -95,48 +108,66 @@ async def _open(
         )
         verifier = _verifier(config, root, await stack.enter_async_context(collateral), references)
         sets = [found.source for _, found in sorted(verifier.references.items())]
-        measured = attest_configuration(config_bytes, root.certificate_der, verifier.policy.source, sets)
-        await _serve(config, measured, verifier, metrics, guest, database, stop)
+        opening = Opening.prepare(config, now=utc_now())
+        measured = attest_configuration(
+            config_bytes, root.certificate_der, verifier.policy.source, sets, share_set=opening.measured
+        )
+        await asyncio.to_thread(
+            measure_service,
+            guest,
+            bundle=opening.bundle,
+            package="cloister_attest",
+            config_bytes=measured,
+            role=Role.ATTEST,
+        )
+        await _serve(config, opening, verifier, metrics, guest, database, stop)
 
 
 async def _serve(
     config: AttestConfig,
-    measured: bytes,
+    opening: Opening,
     verifier: EvidenceVerifier,
     metrics: RpcMetrics,
     guest: Guest,
     database: Database,
     stop: asyncio.Event,
 ) -> None:
-    authority = Authority(config.service.trust_domain, now=utc_now())
+    sealer, issued = TableSealer(database), IssuedRegister(database)
+    users, denials = UserRegister(database, sealer, _users(config)), DenyList(database, sealer)
+    state, vault = await _open_ca(config, opening, guest, sealer, users, stop)
+    ca = WorkloadCa(state, issued=issued, sealer=sealer, schedule=_schedule(config), clock=utc_now, vault=vault)
+    await ca.advance()
+    await ca.revoke()
     registry = Registry(database)
     verdicts = Verdicts(database, limit=config.attest.kept_verdicts, grounds_limit=config.attest.kept_bundles)
     await verdicts.sweep()
-    denials = DenyList(database)
-    operators = [entry.spiffe_id for entry in config.users if entry.operator]
     enrolment = Enrolment(
-        authority=authority,
-        policy=_policy(config, authority, verifier),
+        ca=ca,
+        policy=_policy(config, ca, verifier),
         verifier=verifier,
-        users=_users(config),
+        users=users,
+        issued=issued,
         registry=registry,
         verdicts=verdicts,
         denials=denials,
         terms=_terms(config),
         clock=utc_now,
     )
-    await asyncio.to_thread(
-        measure_service,
-        guest,
-        bundle=authority.bundle,
-        package="cloister_attest",
-        config_bytes=measured,
-        role=Role.ATTEST,
-    )
-    identity = await Identity.enrol_through(enrolment, guest, bundle=authority.bundle)
+    identity = await Identity.enrol_through(enrolment, guest, bundle=opening.bundle)
     identity.start_renewal()
+    ca.on_change(lambda told: _follow(told, identity, config.attest.bundle_file))
 
-    identities = IdentityServicer(denials, operators, own_facts=lambda: enrolment.own_facts, clock=utc_now)
+    callers = Callers(users, denials)
+    identities = IdentityServicer(
+        callers,
+        users,
+        denials,
+        enrolment,
+        Revocation(ca, issued),
+        own_facts=lambda: enrolment.own_facts,
+        clock=utc_now,
+    )
+    operators = OperatorServicer(callers, ca, registry, kept=config.ca.kept)
 
     health = HealthState()
     rate_limit = RateLimit(per_s=config.attest.calls_per_s, burst=config.attest.calls_burst, clock_s=time.monotonic)
@@ -144,8 +175,9 @@ async def _serve(
         section=config.service,
         credentials=identity,
         services=[
-            *services(registry, verdicts),
+            *services(registry, verdicts, clock=utc_now),
             *identity_services(identities),
+            *operator_services(operators),
             mounted_evidence(identity),
         ],
         callers=CALLERS,
@@ -166,8 +198,9 @@ async def _serve(
         anonymous=True,
     )
     probes = ProbeServer(config.service.health_listen, health)
-    jwks = JwksServer(listen=config.attest.jwks_listen, credentials=identity, bundle=authority.bundle)
+    jwks = JwksServer(listen=config.attest.jwks_listen, credentials=identity, bundle=lambda: ca.bundle)
     exposition = MetricsServer(config.service.metrics_listen, metrics.registry)
+    changing = asyncio.create_task(ca.run(), name="the CA")
     try:
         await server.start()
         await enrolment_server.start()
@@ -175,7 +208,7 @@ async def _serve(
         await probes.start()
         await jwks.start()
         # Whoever sees the endpoints may read the bundle: it is there first.
-        write_atomically(config.attest.bundle_file, authority.bundle.to_bytes(), mode=0o644)
+        write_atomically(config.attest.bundle_file, ca.told.bundle_bytes, mode=0o644)
         write_endpoints(
             config.service.endpoints_file,
             {
@@ -188,6 +221,8 @@ async def _serve(
         )
         await stop.wait()
     finally:
+        changing.cancel()
+        await asyncio.gather(changing, return_exceptions=True)
         await asyncio.gather(server.drain(_DRAIN_S), enrolment_server.drain(_DRAIN_S))
         await door.stop()
         await jwks.stop()
@@ -196,13 +231,48 @@ async def _serve(
         await identity.aclose()
 
 
-def _policy(config: AttestConfig, authority: Authority, verifier: EvidenceVerifier) -> AppraisalPolicy:
+async def _open_ca(
+    config: AttestConfig,
+    opening: Opening,
+    guest: Guest,
+    sealer: TableSealer,
+    users: UserRegister,
+    stop: asyncio.Event,
+) -> tuple[CaState, Vault | None]:
+    place = config.service.state_dir / RECOVERY_ENDPOINT
+
+    def told(endpoint: str) -> None:
+        write_endpoints(place, {"recovery": endpoint})
+
+    async def wait_for_shares(shares: ShareSet) -> SecretBytes:
+        return await recover(guest, opening, shares, stop=stop, clock_s=time.monotonic, told=told)
+
+    try:
+        key = await opening.key(wait_for_shares)
+    finally:
+        place.unlink(missing_ok=True)
+    return await opening.finish(key, sealer, users, now=utc_now())
+
+
+def _follow(told: Told, identity: Identity, bundle_file: Path) -> None:
+    """Let attest itself, and whoever starts from the file, trust what is told."""
+    changed = identity.bundle.digest != told.bundle_digest
+    identity.learn(told.update)
+    if not changed:
+        return
+    try:
+        write_atomically(bundle_file, told.bundle_bytes, mode=0o644)
+    except CloisterError as error:
+        get_logger().error("the trust bundle cannot be written", error=error.code.text, what=error.what, why=error.why)
+
+
+def _policy(config: AttestConfig, ca: WorkloadCa, verifier: EvidenceVerifier) -> AppraisalPolicy:
     scripts: dict[Role, frozenset[bytes]] = {}
     for entry in config.services:
         digests = frozenset(bytes.fromhex(text.removeprefix("sha384:")) for text in entry.script)
         scripts[entry.role] = scripts.get(entry.role, frozenset()) | digests
     digest = td_policy_digest(verifier)
-    return AppraisalPolicy(config.service.trust_domain, authority.bundle.digest, scripts, digest)
+    return AppraisalPolicy(config.service.trust_domain, ca.told.bundle_digest, scripts, digest)
 
 
 def _root(config: AttestConfig) -> TrustRoot:
@@ -241,18 +311,31 @@ def _parsed(path: Path, parse: Callable[[bytes], _T]) -> _T:
         raise CloisterError(error.code, what=f"{path}: {error.what}", why=error.why, todo=error.todo) from None
 
 
-def _users(config: AttestConfig) -> dict[bytes, SpiffeId]:
-    users: dict[bytes, SpiffeId] = {}
+def _users(config: AttestConfig) -> list[User]:
+    by_key: dict[bytes, User] = {}
+    by_id: dict[SpiffeId, User] = {}
     for entry in config.users:
-        user, fingerprint = SpiffeId.parse(entry.spiffe_id), bytes.fromhex(entry.spki_sha256)
-        if user.trust_domain != config.service.trust_domain or users.setdefault(fingerprint, user) != user:
+        standing = Standing.ADMINISTRATOR if entry.administrator else Standing.USER
+        who, key = SpiffeId.parse(entry.spiffe_id), bytes.fromhex(entry.spki_sha256)
+        user = User(who, key, Standing.OPERATOR if entry.operator else standing, "", None)
+        domain = config.service.trust_domain
+        if who.trust_domain != domain or by_key.setdefault(key, user) != user or by_id.setdefault(who, user) != user:
             raise CloisterError(
                 Code.CONFIG_INVALID,
-                what=f"the user {user} cannot be registered",
-                why="it is of another trust domain, or its key is another user's, too",
+                what=f"the user {who} cannot be registered",
+                why="it is of another trust domain, stands there twice, or its key is another user's, too",
                 todo="correct [[users]]",
             )
-    return users
+    return list(by_key.values())
+
+
+def _schedule(config: AttestConfig) -> Schedule:
+    section = config.ca
+    return Schedule(
+        lead=timedelta(seconds=section.lead_s),
+        overlap=timedelta(seconds=section.overlap_s),
+        renew_after=timedelta(seconds=section.renew_after_s),
+    )
 
 
 def _terms(config: AttestConfig) -> Terms:

@@ -2,7 +2,8 @@
 """Is this acceptable workload welcome, and who is it? Pure: workload, policy and registry entries in, identity out.
 
 What its platform and its TD must be was judged before, with the evidence (cloister.appraisal).
-1. it trusts this CA and no other: the trust bundle it measured is ours
+1. it trusts this CA and no other: the trust bundle it holds trusts nobody but epochs that are trusted now, and the one
+   it began with (measured) was ours, too
 2. a service:  its code is in the configured list
    a rank:     its job is registered and open, of this tenant and size, with this script and configuration
    a backend:  it is registered and open, with this handler and archive
@@ -29,9 +30,11 @@ class AppraisalPolicy:
     """What the configuration and this CA epoch demand."""
 
     trust_domain: str
-    bundle_digest: bytes  # 48 bytes
+    bundle_digest: bytes  # of the present bundle, 48 bytes
     services: Mapping[Role, frozenset[bytes]]  # SHA-384 digests of packages
     td_policy: bytes  # digest of the policy for platforms and TDs, and of its reference sets, 48 bytes
+    accepted_bundles: frozenset[bytes] = frozenset()  # beside the present one: what a TD may hold
+    known_bundles: frozenset[bytes] = frozenset()  # what a TD may have begun with; by itself not enough
 
     @property
     def digest(self) -> bytes:
@@ -47,17 +50,17 @@ def appraise(
     workload: Workload,
     *,
     policy: AppraisalPolicy,
+    trust_bundle: bytes,
     job: Job | None,
     backend: Backend | None,
     checklist: Checklist,
 ) -> SpiffeId:
     """Return who this is; raise EvidenceRefused when it is not welcome.
 
-    `job` and `backend` are the registry's entries for the names in the workload's claims, or None.
+    `trust_bundle` is the digest of the bundle that it holds now (`VerifiedEvidence.trust_bundle`). `job` and `backend`
+    are the registry's entries for the names in the workload's claims, or None.
     """
-    checklist.require_equal(
-        "workload.trust-bundle", Code.APPRAISAL_FAILED, wanted=policy.bundle_digest, got=workload.trust_bundle
-    )
+    _bundles(workload.trust_bundle, trust_bundle, policy, checklist)
     domain = policy.trust_domain
     match workload:
         case Workload(role=Role.RANK, rank=RankClaim() as claim):
@@ -69,6 +72,18 @@ def appraise(
         case _:
             _service(workload, policy.services.get(workload.role, frozenset()), checklist)
             return SpiffeId.service(domain, workload.role)
+
+
+def _bundles(measured: bytes, held: bytes, policy: AppraisalPolicy, checklist: Checklist) -> None:
+    accepted = policy.accepted_bundles | {policy.bundle_digest}
+    # Of ours, and of the past: whoever holds it can learn of the present one, so it is told apart.
+    code = Code.BUNDLE_STALE if held in policy.known_bundles else Code.APPRAISAL_FAILED
+    wanted = short(policy.bundle_digest)
+    checklist.require("workload.trust-bundle", held in accepted, code, wanted=wanted, got=short(held))
+    if held != measured:
+        ours = measured in accepted | policy.known_bundles
+        code, wanted = Code.APPRAISAL_FAILED, "a bundle of this CA"
+        checklist.require("workload.measured-bundle", ours, code, wanted=wanted, got=short(measured))
 
 
 def _service(workload: Workload, known: frozenset[bytes], checklist: Checklist) -> None:

@@ -1,28 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The workload CA: a root, one intermediate per role, and the key of attestation results.
+"""One epoch of the workload CA: a root, one intermediate per role, and the key of attestation results.
 
-All of it is made at start and lives in memory: one process life is one CA epoch, and there is no secret at rest. The
-root's key signs the intermediates and is forgotten at once.
+The root's key signs the intermediates at the beginning and trust updates as long as somebody may know no newer root
+(`cloister.runtime.trust`). Keys are in memory; what may be written of them is `to_secret`, for sealing.
 """
 
 from __future__ import annotations
 
+import base64
 import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import Final
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_der_private_key,
+)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cloister import ear
 from cloister.identity import Role, SpiffeId
 from cloister.runtime.bundle import TrustBundle
+from cloister.runtime.trust import SigningRoot
 
-AUTHORITY_LIFE: Final = timedelta(days=90)  # a process that runs longer is restarted, and with it the epoch
+AUTHORITY_LIFE: Final = timedelta(days=90)
 MAX_SVID_LIFE: Final = timedelta(hours=1)
 MAX_USER_LIFE: Final = timedelta(hours=12)
 _BACKDATED: Final = timedelta(seconds=30)  # for peers whose clocks are behind; counts towards the life
@@ -38,27 +46,76 @@ class Issued:
     not_after: datetime
 
 
+@dataclass(frozen=True, slots=True)
 class Authority:
-    """One CA epoch."""
+    """One CA epoch. `create` makes one; `from_secret` brings one back."""
 
-    def __init__(self, trust_domain: str, *, now: datetime) -> None:
-        self.epoch = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
-        self._now = now
-        self._keys = {role: ec.generate_private_key(ec.SECP256R1()) for role in Role}
-        root_key = ec.generate_private_key(ec.SECP256R1())
-        root = self._ca("root", root_key.public_key(), root_key, path_length=1)
-        self._intermediates = {
-            role: self._ca(role, key.public_key(), root_key, path_length=0) for role, key in self._keys.items()
+    epoch: str
+    started: datetime
+    root: SigningRoot
+    token_key: ec.EllipticCurvePrivateKey
+    _keys: Mapping[Role, ec.EllipticCurvePrivateKey]
+    _intermediates: Mapping[Role, x509.Certificate]
+
+    @classmethod
+    def create(cls, *, now: datetime) -> Authority:
+        """Draw the keys of a new epoch and sign its CAs, for 90 days."""
+        started = now.replace(microsecond=0)
+        epoch = f"{started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+        keys = {role: _new_key() for role in Role}
+        root_key = _new_key()
+        root = _ca("root", root_key.public_key(), root_key, epoch=epoch, started=started, path_length=1)
+        intermediates = {
+            role: _ca(role, key.public_key(), root_key, epoch=epoch, started=started, path_length=0)
+            for role, key in keys.items()
         }
-        self.token_key = ec.generate_private_key(ec.SECP256R1())
-        token_jwk = ear.public_jwk(self.token_key.public_key())
-        self.token_key_id = token_jwk["kid"]
-        self.bundle = TrustBundle(
-            trust_domain=trust_domain,
-            epoch=self.epoch,
-            root_pem=root.public_bytes(Encoding.PEM),
-            intermediates={role: ca.public_bytes(Encoding.PEM) for role, ca in self._intermediates.items()},
-            token_keys=(token_jwk,),
+        return cls(epoch, started, SigningRoot(root, root_key), _new_key(), keys, intermediates)
+
+    @property
+    def ends(self) -> datetime:
+        """When its CAs run out."""
+        return self.root.certificate.not_valid_after_utc
+
+    @property
+    def token_jwk(self) -> dict[str, str]:
+        return ear.public_jwk(self.token_key.public_key())
+
+    @property
+    def token_key_id(self) -> str:
+        return self.token_jwk["kid"]
+
+    @property
+    def key_ids(self) -> frozenset[bytes]:
+        """Key identifiers of its intermediates (20 bytes each), as they stand in what they issued."""
+        return frozenset(
+            x509.SubjectKeyIdentifier.from_public_key(key.public_key()).digest for key in self._keys.values()
+        )
+
+    def to_secret(self) -> dict[str, Any]:
+        """Return all of it, private keys included, as values for JSON. To be sealed at once."""
+        return {
+            "epoch": self.epoch,
+            "started": int(self.started.timestamp()),
+            "root": root_to_secret(self.root),
+            "token_key": _private(self.token_key),
+            "keys": {str(role): _private(key) for role, key in self._keys.items()},
+            "intermediates": {
+                str(role): _text(ca.public_bytes(Encoding.DER)) for role, ca in self._intermediates.items()
+            },
+        }
+
+    @classmethod
+    def from_secret(cls, values: Mapping[str, Any]) -> Authority:
+        """Return what `to_secret` gave; raise ValueError, KeyError or TypeError for anything else."""
+        return cls(
+            epoch=str(values["epoch"]),
+            started=datetime.fromtimestamp(values["started"], UTC),
+            root=root_from_secret(values["root"]),
+            token_key=_key(values["token_key"]),
+            _keys={role: _key(values["keys"][role]) for role in Role},
+            _intermediates={
+                role: x509.load_der_x509_certificate(_bytes(values["intermediates"][role])) for role in Role
+            },
         )
 
     def issue(
@@ -98,23 +155,78 @@ class Authority:
         chain = leaf.public_bytes(Encoding.PEM) + ca.public_bytes(Encoding.PEM)
         return Issued(spiffe_id, chain, leaf.public_bytes(Encoding.DER), not_after)
 
-    def _ca(
-        self, name: str, key: ec.EllipticCurvePublicKey, root_key: ec.EllipticCurvePrivateKey, *, path_length: int
-    ) -> x509.Certificate:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(_name(f"{name} CA", self.epoch))
-            .issuer_name(_name("root CA", self.epoch))
-            .public_key(key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(self._now.replace(microsecond=0) - _BACKDATED)
-            .not_valid_after(self._now.replace(microsecond=0) + AUTHORITY_LIFE)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
-            .add_extension(_usage(ca=True), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-            .add_extension(_issued_by(root_key.public_key()), critical=False)
-            .sign(root_key, SHA256())
-        )
+
+def root_to_secret(root: SigningRoot) -> dict[str, str]:
+    """Return a root and its private key as values for JSON."""
+    return {"certificate": _text(root.certificate.public_bytes(Encoding.DER)), "key": _private(root.key)}
+
+
+def root_from_secret(values: Mapping[str, str]) -> SigningRoot:
+    """Return what `root_to_secret` gave; errors as for `Authority.from_secret`."""
+    return SigningRoot(x509.load_der_x509_certificate(_bytes(values["certificate"])), _key(values["key"]))
+
+
+def bundle_of(authorities: Iterable[Authority], *, trust_domain: str, sequence: int) -> TrustBundle:
+    """Return the bundle that trusts these epochs, the newest first."""
+    epochs = list(authorities)
+    return TrustBundle(
+        trust_domain=trust_domain,
+        epoch=epochs[0].epoch,
+        sequence=sequence,
+        root_pem=b"".join(found.root.certificate.public_bytes(Encoding.PEM) for found in epochs),
+        intermediates={
+            role: b"".join(found._intermediates[role].public_bytes(Encoding.PEM) for found in epochs) for role in Role
+        },
+        token_keys=tuple(found.token_jwk for found in epochs),
+    )
+
+
+def _new_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def _ca(
+    name: str,
+    key: ec.EllipticCurvePublicKey,
+    root_key: ec.EllipticCurvePrivateKey,
+    *,
+    epoch: str,
+    started: datetime,
+    path_length: int,
+) -> x509.Certificate:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name(f"{name} CA", epoch))
+        .issuer_name(_name("root CA", epoch))
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(started - _BACKDATED)
+        .not_valid_after(started + AUTHORITY_LIFE)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
+        .add_extension(_usage(ca=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+        .add_extension(_issued_by(root_key.public_key()), critical=False)
+        .sign(root_key, SHA256())
+    )
+
+
+def _private(key: ec.EllipticCurvePrivateKey) -> str:
+    return _text(key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()))
+
+
+def _key(text: str) -> ec.EllipticCurvePrivateKey:
+    key = load_der_private_key(_bytes(text), password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise TypeError("not a P-256 key")
+    return key
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
 
 
 def _name(common_name: str, epoch: str = "") -> x509.Name:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -81,6 +82,42 @@ class AttestSection(ConfigModel):
     kept_bundles: int = Field(default=1_000, ge=0, le=100_000)
 
 
+class Kept(enum.StrEnum):
+    """What becomes of the CA when attest is restarted."""
+
+    MEMORY = "memory"  # a new one begins, and everything enrols anew
+    FILE = "file"  # sealed under a key in a file of this machine: for development
+    SHARES = "shares"  # sealed under a key that enough holders of shares give back
+
+
+class CaSection(ConfigModel):
+    """[ca]: how long an epoch of the workload CA lasts, and what becomes of it at a restart."""
+
+    kept: Kept = Kept.MEMORY
+    # The recovery key, 0600 (kept = "file"): whoever reads it and the state has the CA.
+    root_key_file: Path | None = None
+    # The public part of the shares, made by `cloister attest make-shares` (kept = "shares"). Measured.
+    share_set: Path | None = None
+    # The sealed state; without it, ca.sealed in the state directory.
+    state_file: Path | None = None
+    # Where holders of shares reach attest while it waits for them (kept = "shares").
+    recovery_listen: str = "127.0.0.1:0"
+    # A new epoch is announced this long before it issues: TDs ask once a minute.
+    lead_s: int = Field(default=180, ge=1, le=24 * 3600)
+    # An epoch stays trusted this long after it issued its last: longer than anything it issued lives.
+    overlap_s: int = Field(default=13 * 3600, ge=1, le=7 * 24 * 3600)
+    # A new epoch begins by itself at this age; its CAs live for 90 days.
+    renew_after_s: int = Field(default=60 * 24 * 3600, ge=60, le=75 * 24 * 3600)
+
+    @model_validator(mode="after")
+    def _one_key(self) -> CaSection:
+        if (self.kept is Kept.FILE) != (self.root_key_file is not None):
+            raise ValueError('root_key_file goes with kept = "file", and only with that')
+        if (self.kept is Kept.SHARES) != (self.share_set is not None):
+            raise ValueError('share_set goes with kept = "shares", and only with that')
+        return self
+
+
 class CollateralSection(ConfigModel):
     """[collateral]: where TCB info, QE identity and revocation lists come from."""
 
@@ -137,7 +174,8 @@ class UserEntry(ConfigModel):
 
     spiffe_id: Annotated[str, AfterValidator(_user_id)]
     spki_sha256: Digest256
-    operator: bool = False  # may see and change the deny-list
+    operator: bool = False  # denials, epochs and workloads of all tenants; identities of its own tenant
+    administrator: bool = False  # identities of its own tenant
 
 
 class AttestConfig(ConfigModel):
@@ -150,7 +188,14 @@ class AttestConfig(ConfigModel):
     # Without an entry, Intel's production root.
     trust_roots: tuple[TrustRootEntry, ...] = Field(default=(), max_length=1)
     collateral: CollateralSection
+    ca: CaSection = CaSection()
     appraisal: AppraisalSection = AppraisalSection()
     references: Annotated[tuple[ReferenceEntry, ...], AfterValidator(_names_once)] = ()
     services: tuple[ServiceEntry, ...]
     users: tuple[UserEntry, ...] = ()
+
+    @model_validator(mode="after")
+    def _overlap_is_long_enough(self) -> AttestConfig:
+        if self.ca.overlap_s < self.attest.svid_ttl_s:
+            raise ValueError("ca.overlap_s is shorter than attest.svid_ttl_s: certificates would end before their time")
+        return self

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What operators do not let in any more: identities, platforms, measurements. Survives restarts.
 
-Who is on it gets no new certificate: renewal ends it within half of a certificate's life (30 minutes; users 12 hours,
-unless attest is restarted: a new CA epoch ends every certificate at once).
+Who is on it gets no new certificate, and those that are out already end as soon as services learn of it (issued.py).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from cloister.errors import CloisterError, Code
 from cloister.guest.evidence import VerifiedEvidence
 from cloister.identity import SpiffeId
 from cloister.runtime.database import Database
+from cloister_attest.tableseal import TableSealer
 
 MAX_REASON: Final = 200  # characters
 MAX_DENIALS: Final = 10_000
@@ -56,8 +56,9 @@ class Denial:
 class DenyList:
     """The store."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, sealer: TableSealer) -> None:
         self._database = database
+        self._sealer = sealer
 
     async def add(self, denial: Denial) -> None:
         """Put something on the list; an entry that is there stays as it is. Raise CloisterError(RATE_LIMITED)."""
@@ -70,9 +71,10 @@ class DenyList:
                     Code.RATE_LIMITED,
                     what=f"the deny-list has {count} entries",
                     why="it is bounded",
-                    todo="remove what expired long ago, or restart attest: old certificates end with their epoch",
+                    todo="remove what is long over: `cloister identity readmit`",
                 )
-            connection.execute("INSERT OR IGNORE INTO denials VALUES (?, ?, ?, ?, ?)", row)
+            with self._sealer.change(connection, "denials"):
+                connection.execute("INSERT OR IGNORE INTO denials VALUES (?, ?, ?, ?, ?)", row)
 
         await self._database.write(work)
 
@@ -80,8 +82,9 @@ class DenyList:
         """Take something off the list; say whether it was on it."""
 
         def work(connection: apsw.Connection) -> bool:
-            connection.execute("DELETE FROM denials WHERE kind = ? AND value = ?", (kind, value))
-            return bool(connection.changes())
+            with self._sealer.change(connection, "denials"):
+                connection.execute("DELETE FROM denials WHERE kind = ? AND value = ?", (kind, value))
+                return bool(connection.changes())
 
         return await self._database.write(work)
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from cloister import ear
@@ -36,15 +36,19 @@ from cloister.guest.verdictbundle import VERIFIER_ID, collateral_digest
 from cloister.guest.verdictsignature import VerdictSigner
 from cloister.identity import Role, SpiffeId
 from cloister.protocol import NONCE_SIZE, combined_nonce
+from cloister.runtime.bundle import TrustBundle
 from cloister.runtime.logging import get_logger
 from cloister.tlv import sha384
 from cloister_attest.appraise import AppraisalPolicy, appraise
-from cloister_attest.authority import Authority, Issued
+from cloister_attest.authority import Issued
+from cloister_attest.ca import WorkloadCa
 from cloister_attest.denylist import DenyList, Fact, facts_of
+from cloister_attest.issued import IssuedRegister
 from cloister_attest.nonces import Nonces
 from cloister_attest.registry import Registry
 from cloister_attest.requests import RequestedKey, read_request
 from cloister_attest.results import Course, references_digest, tee_claims, workload_claims
+from cloister_attest.users import User, UserRegister
 from cloister_attest.verdicts import Grounds, Verdict, Verdicts
 
 
@@ -64,21 +68,23 @@ class Enrolment:
     def __init__(
         self,
         *,
-        authority: Authority,
+        ca: WorkloadCa,
         policy: AppraisalPolicy,
         verifier: EvidenceVerifier,
-        users: Mapping[bytes, SpiffeId],
+        users: UserRegister,
+        issued: IssuedRegister,
         registry: Registry,
         verdicts: Verdicts,
         denials: DenyList,
         terms: Terms,
         clock: Callable[[], datetime],
     ) -> None:
-        """`users` maps the SHA-256 of a public key (SubjectPublicKeyInfo, DER) to its holder."""
-        self._authority = authority
+        """What `policy` says about trust bundles is replaced by what the CA says at the time."""
+        self._ca = ca
         self._policy = policy
         self._verifier = verifier
-        self._users = dict(users)
+        self._users = users
+        self._issued = issued
         self._registry = registry
         self._verdicts = verdicts
         self._denials = denials
@@ -94,8 +100,15 @@ class Enrolment:
         return self._own_facts
 
     def trust_bundle(self) -> bytes:
-        """Return the trust bundle of this CA epoch, canonical JSON."""
-        return self._authority.bundle.to_bytes()
+        """Return the present trust bundle, canonical JSON."""
+        return self._ca.told.bundle_bytes
+
+    async def trust_update(self, sequence: int) -> bytes:
+        """Return what changed since the trust update of `sequence`, signed; empty when that is nothing."""
+        return self._ca.update_after(sequence)
+
+    def follow(self, _bundle: TrustBundle) -> None:
+        """Do nothing: attest knows what it told itself."""
 
     async def challenge(self, request: attest_pb2.ChallengeRequest) -> attest_pb2.ChallengeResponse:
         """Give out a nonce for one enrolment in one role."""
@@ -109,7 +122,7 @@ class Enrolment:
         return attest_pb2.ChallengeResponse(
             nonce=self._nonces.give(role=request.role, now=self._clock()),
             audience=str(self._self_id),
-            ca_epoch=self._authority.epoch,
+            ca_epoch=self._ca.issuing.epoch,
             expires_in_s=int(self._terms.nonce.total_seconds()),
         )
 
@@ -126,11 +139,13 @@ class Enrolment:
             checklist.require_equal("csr.key", Code.CSR_INVALID, wanted=evidence.tls_spki_der, got=requested.spki_der)
             who = await self._appraise(evidence, checklist)  # 4
             await self._require_not_denied(who, checklist, evidence)
+            issued = self._ca.issuing.issue(who, requested.public_key, life=self._terms.svid, now=now)  # 5
+            await self._remember(issued, checklist, evidence, now=now)
         except EvidenceRefused as refusal:
             await self._record(claimed, checklist, None, now=now, course=course, evidence=request.evidence)
             self._log_refusal(claimed, refusal)
             raise refusal.public("this TD does not get an identity") from None
-        return await self._issue(request, evidence, requested, who, course, checklist, now)  # 5
+        return await self._answer(request, evidence, issued, course, checklist, now)
 
     async def issue_user(
         self, request: attest_pb2.IssueUserCertificateRequest
@@ -140,25 +155,32 @@ class Enrolment:
         try:
             requested = read_request(request.csr_der, checklist)
             fingerprint = hashlib.sha256(requested.spki_der).digest()
-            user = self._users.get(fingerprint)
+            user = self._users.by_key(fingerprint)
             code, wanted = Code.USER_NOT_REGISTERED, "the SHA-256 of a registered user's key"
             if user is None:
                 checklist.refuse("user.registered", code, wanted=wanted, got=fingerprint.hex())
             checklist.require("user.registered", True, code, wanted=wanted, got=fingerprint.hex())
-            await self._require_not_denied(user, checklist)
+            issued = await self.issue_to(user, requested, checklist=checklist, now=now)
         except EvidenceRefused as refusal:
             await self._record(Role.USER, checklist, None, now=now)
             self._log_refusal(Role.USER, refusal)
             raise refusal.public("this key does not get a user's certificate") from None
-        issued = self._authority.issue(user, requested.public_key, life=self._terms.user, now=now)
-        await self._record(Role.USER, checklist, user, now=now)
-        get_logger().info("user certificate issued", spiffe_id=str(user), not_after=issued.not_after.isoformat())
+        await self._record(Role.USER, checklist, user.spiffe_id, now=now)
         return attest_pb2.IssueUserCertificateResponse(
             certificate_chain_pem=issued.chain_pem,
-            spiffe_id=str(user),
+            spiffe_id=str(user.spiffe_id),
             trust_bundle=self.trust_bundle(),
             certificate_not_after_unix_s=int(issued.not_after.timestamp()),
         )
+
+    async def issue_to(self, user: User, requested: RequestedKey, *, checklist: Checklist, now: datetime) -> Issued:
+        """Issue a certificate to a registered user; raise EvidenceRefused when the user is denied."""
+        await self._require_not_denied(user.spiffe_id, checklist)
+        issued = self._ca.issuing.issue(user.spiffe_id, requested.public_key, life=self._terms.user, now=now)
+        await self._remember(issued, checklist, now=now)
+        who, not_after = str(user.spiffe_id), issued.not_after.isoformat()
+        get_logger().info("user certificate issued", spiffe_id=who, not_after=not_after)
+        return issued
 
     def _take_nonce(self, request: attest_pb2.AttestRequest, checklist: Checklist, now: datetime) -> bytes:
         """Return the nonce that the quote must be over."""
@@ -197,7 +219,21 @@ class Enrolment:
         rank, place = evidence.workload.rank, evidence.workload.backend
         job = await self._registry.job(rank.job) if rank else None
         backend = await self._registry.backend(place.tenant, place.model, place.backend) if place else None
-        return appraise(evidence.workload, policy=self._policy, job=job, backend=backend, checklist=checklist)
+        told = self._ca.told
+        policy = replace(
+            self._policy,
+            bundle_digest=told.bundle_digest,
+            accepted_bundles=told.accepted,
+            known_bundles=told.known,
+        )
+        return appraise(
+            evidence.workload,
+            policy=policy,
+            trust_bundle=evidence.trust_bundle,
+            job=job,
+            backend=backend,
+            checklist=checklist,
+        )
 
     async def _require_not_denied(
         self, who: SpiffeId, checklist: Checklist, evidence: VerifiedEvidence | None = None
@@ -209,19 +245,29 @@ class Enrolment:
         if who == self._self_id:
             self._own_facts = frozenset(facts_of(who, evidence))
 
-    async def _issue(
+    async def _remember(
+        self, issued: Issued, checklist: Checklist, evidence: VerifiedEvidence | None = None, *, now: datetime
+    ) -> None:
+        """Remember a certificate before it is given out, and give out none that a denial has missed meanwhile."""
+        facts = frozenset(facts_of(issued.spiffe_id, evidence))
+        await self._issued.add(issued, facts, now=now)
+        denial = await self._denials.first(iter(facts))
+        if denial is not None:
+            got = f"{denial.kind} {denial.value}"
+            checklist.refuse("still-not-denied", Code.DENY_LISTED, wanted="nothing that was denied meanwhile", got=got)
+
+    async def _answer(
         self,
         request: attest_pb2.AttestRequest,
         evidence: VerifiedEvidence,
-        requested: RequestedKey,
-        who: SpiffeId,
+        issued: Issued,
         course: Course,
         checklist: Checklist,
         now: datetime,
     ) -> attest_pb2.AttestResponse:
-        issued = self._authority.issue(who, requested.public_key, life=self._terms.svid, now=now)
+        who, authority = issued.spiffe_id, self._ca.issuing
         result = self._result(request, evidence, course, issued, now)
-        token = ear.issue(result, key=self._authority.token_key, key_id=self._authority.token_key_id)
+        token = ear.issue(result, key=authority.token_key, key_id=authority.token_key_id)
         await self._record(who.role, checklist, who, now=now, course=course, evidence=request.evidence)
         get_logger().info(
             "enrolment accepted",
@@ -239,6 +285,7 @@ class Enrolment:
             trust_bundle=self.trust_bundle(),
             certificate_not_after_unix_s=int(issued.not_after.timestamp()),
             attestation_result_expires_unix_s=int(result.expires_at.timestamp()),
+            trust_update=self._ca.update_after(request.trust_sequence),
         )
 
     def _result(
@@ -265,7 +312,7 @@ class Enrolment:
             trustworthiness=evidence.appraisal.trustworthiness,
             tee=tee_claims(evidence),
             workload=workload_claims(evidence, issued.spiffe_id),
-            policy_digest=self._policy.digest,
+            policy_digest=replace(self._policy, bundle_digest=self._ca.told.bundle_digest).digest,
             verifier_id=VERIFIER_ID,
             inputs={
                 "quote": sha384(request.evidence.quote),
@@ -306,7 +353,7 @@ class Enrolment:
         await self._verdicts.add(verdict, grounds)
 
     def _verdict_signer(self) -> VerdictSigner:
-        authority = self._authority
+        authority = self._ca.issuing
         return VerdictSigner(authority.token_key, authority.token_key_id, str(self._self_id))
 
     def _log_refusal(self, role: str, refusal: EvidenceRefused) -> None:

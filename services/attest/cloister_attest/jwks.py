@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import ssl
+from collections.abc import Callable
 from typing import Final
 
 from aiohttp import web
@@ -23,16 +24,17 @@ PATH: Final = "/.well-known/jwks.json"
 _MAX_BODY: Final = 1  # bytes: no request has one
 _MAX_LINE: Final = 1024
 _KEEPALIVE_S: Final = 5.0
-_MAX_AGE_S: Final = 300  # a new epoch has new keys, and a new root with them
+_MAX_AGE_S: Final = 60  # a new epoch is announced minutes before its key signs
 
 
 class JwksServer:
     """One document on one port."""
 
-    def __init__(self, *, listen: str, credentials: CredentialSource, bundle: TrustBundle) -> None:
+    def __init__(self, *, listen: str, credentials: CredentialSource, bundle: Callable[[], TrustBundle]) -> None:
+        """`bundle` is asked again for every request."""
         self._listen = listen
         self._credentials = credentials
-        self._body = json.dumps({"keys": [dict(key) for key in bundle.token_keys]}, sort_keys=True).encode()
+        self._bundle = bundle
         self._runner: web.AppRunner | None = None
         self.endpoint = ""
 
@@ -58,8 +60,9 @@ class JwksServer:
             self._runner = None
 
     async def _keys(self, _request: web.Request) -> web.Response:
+        body = json.dumps({"keys": [dict(key) for key in self._bundle().token_keys]}, sort_keys=True).encode()
         headers = {"Cache-Control": f"max-age={_MAX_AGE_S}", "X-Content-Type-Options": "nosniff"}
-        return web.Response(body=self._body, content_type="application/jwk-set+json", headers=headers)
+        return web.Response(body=body, content_type="application/jwk-set+json", headers=headers)
 
 
 def _server_context(credentials: CredentialSource) -> ssl.SSLContext:

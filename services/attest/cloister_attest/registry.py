@@ -7,13 +7,15 @@ name that is taken is refused, and a closed name stays closed: identities are ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import apsw
 
 from cloister.errors import CloisterError, Code
 from cloister.runtime.database import Database
-from cloister_attest.workloads import Backend, Job
+from cloister_attest import issued, tableseal, users
+from cloister_attest.workloads import UNKNOWN, Backend, Job, Registration
 
 MIGRATIONS: Final = (
     """
@@ -73,7 +75,27 @@ MIGRATIONS: Final = (
         PRIMARY KEY (kind, value)
     ) STRICT;
     """,
+    users.MIGRATION + tableseal.MIGRATION + issued.MIGRATION,
+    """
+    ALTER TABLE jobs ADD COLUMN registered_by TEXT NOT NULL DEFAULT '';
+    ALTER TABLE jobs ADD COLUMN registered_unix_ms INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE backends ADD COLUMN registered_by TEXT NOT NULL DEFAULT '';
+    ALTER TABLE backends ADD COLUMN registered_unix_ms INTEGER NOT NULL DEFAULT 0;
+    """,
 )
+MAX_LISTED: Final = 10_000
+_JOB: Final = "SELECT job_id, tenant, world_size, script, config, open FROM jobs WHERE job_id = ?"
+_BACKEND: Final = """
+    SELECT tenant, model, backend, script, config, open FROM backends WHERE tenant = ? AND model = ? AND backend = ?
+"""
+_JOBS: Final = """
+    SELECT job_id, tenant, world_size, script, config, open, registered_by, registered_unix_ms FROM jobs
+    WHERE (?1 OR open) ORDER BY registered_unix_ms DESC, rowid DESC LIMIT ?2
+"""
+_BACKENDS: Final = """
+    SELECT tenant, model, backend, script, config, open, registered_by, registered_unix_ms FROM backends
+    WHERE (?1 OR open) ORDER BY registered_unix_ms DESC, rowid DESC LIMIT ?2
+"""
 
 
 class Registry:
@@ -82,15 +104,15 @@ class Registry:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def register_job(self, job: Job) -> None:
+    async def register_job(self, job: Job, by: Registration = UNKNOWN) -> None:
         """Open a job; raise CloisterError(WORKLOAD_EXISTS) when its name means something else, or is closed."""
 
         def work(connection: apsw.Connection) -> None:
             present = _job(connection, job.job_id)
             if present is None:
                 connection.execute(
-                    "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, 1)",
-                    (job.job_id, job.tenant, job.world_size, job.script, job.config),
+                    "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, 1, ?, ?)",
+                    (job.job_id, job.tenant, job.world_size, job.script, job.config, by.service, by.unix_ms),
                 )
             elif present != job:
                 raise _taken(f"the job {job.job_id}", is_open=present.open)
@@ -116,7 +138,21 @@ class Registry:
         """Return a job, open or closed."""
         return await self._database.read(lambda connection: _job(connection, job_id))
 
-    async def register_backend(self, backend: Backend) -> None:
+    async def jobs(self, *, closed: bool) -> Sequence[tuple[Job, Registration]]:
+        """Return jobs with who registered them, the newest first: those that are open, or all."""
+        rows = await self._listed(_JOBS, closed)
+        return [(_to_job(row[:6]), Registration(*row[6:])) for row in rows]
+
+    async def backends(self, *, closed: bool) -> Sequence[tuple[Backend, Registration]]:
+        """Return backends as `jobs` returns jobs."""
+        rows = await self._listed(_BACKENDS, closed)
+        return [(_to_backend(row[:6]), Registration(*row[6:])) for row in rows]
+
+    async def _listed(self, query: str, closed: bool) -> Any:
+        values = (int(closed), MAX_LISTED)
+        return await self._database.read(lambda connection: connection.execute(query, values).fetchall())
+
+    async def register_backend(self, backend: Backend, by: Registration = UNKNOWN) -> None:
         """Open a backend; raise CloisterError(WORKLOAD_EXISTS) like `register_job`."""
 
         def work(connection: apsw.Connection) -> None:
@@ -124,7 +160,8 @@ class Registry:
             present = _backend(connection, names)
             if present is None:
                 connection.execute(
-                    "INSERT INTO backends VALUES (?, ?, ?, ?, ?, 1)", (*names, backend.script, backend.config)
+                    "INSERT INTO backends VALUES (?, ?, ?, ?, ?, 1, ?, ?)",
+                    (*names, backend.script, backend.config, by.service, by.unix_ms),
                 )
             elif present != backend:
                 raise _taken(f"the backend {backend.model}/{backend.backend}", is_open=present.open)
@@ -154,18 +191,21 @@ class Registry:
 
 
 def _job(connection: apsw.Connection, job_id: str) -> Job | None:
-    row: Any = connection.execute("SELECT * FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
-    if row is None:
-        return None
+    row: Any = connection.execute(_JOB, (job_id,)).fetchone()
+    return None if row is None else _to_job(row)
+
+
+def _to_job(row: Any) -> Job:
     job, tenant, world_size, script, config, is_open = row
     return Job(job, tenant, world_size, script, config, bool(is_open))
 
 
 def _backend(connection: apsw.Connection, names: tuple[str, str, str]) -> Backend | None:
-    query = "SELECT * FROM backends WHERE tenant = ? AND model = ? AND backend = ?"
-    row: Any = connection.execute(query, names).fetchone()
-    if row is None:
-        return None
+    row: Any = connection.execute(_BACKEND, names).fetchone()
+    return None if row is None else _to_backend(row)
+
+
+def _to_backend(row: Any) -> Backend:
     tenant, model, backend, script, config, is_open = row
     return Backend(tenant, model, backend, script, config, bool(is_open))
 

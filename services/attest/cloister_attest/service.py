@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Any, Final
 
 from cloister.api.attest.v1 import attest_pb2, attest_pb2_grpc
@@ -19,10 +20,11 @@ from cloister.runtime.server import Mounted
 from cloister.tdx.workload import MAX_WORLD_SIZE
 from cloister_attest.enrolment import Enrolment
 from cloister_attest.identities import IDENTITY_CALLERS
+from cloister_attest.operators import OPERATOR_CALLERS
 from cloister_attest.ratelimit import RateLimit
 from cloister_attest.registry import Registry
 from cloister_attest.verdicts import Verdict, Verdicts
-from cloister_attest.workloads import Backend, Job
+from cloister_attest.workloads import Backend, Job, Registration
 
 _DIGEST_SIZE: Final = 48
 _PACKAGE: Final = "cloister.api.attest.v1"
@@ -44,7 +46,7 @@ _SERVICES: Final = frozenset(role for role in Role if role.is_service)
 
 ENROLMENT_CALLERS: Final[CallerTable] = {
     f"/{_PACKAGE}.EnrolmentService/{method}": frozenset()
-    for method in ("Challenge", "Attest", "IssueUserCertificate", "GetTrustBundle")
+    for method in ("Challenge", "Attest", "IssueUserCertificate", "GetTrustBundle", "GetTrustUpdate")
 }
 CALLERS: Final[CallerTable] = {
     f"/{_PACKAGE}.RegistryService/RegisterJob": frozenset({Role.TRAINER}),
@@ -54,6 +56,7 @@ CALLERS: Final[CallerTable] = {
     f"/{_PACKAGE}.VerdictService/ListVerdicts": _SERVICES | {Role.USER},
     f"/{_PACKAGE}.VerdictService/GetVerdictBundle": _SERVICES | {Role.USER},
     **IDENTITY_CALLERS,
+    **OPERATOR_CALLERS,
     **EVIDENCE_CALLERS,
 }
 
@@ -96,6 +99,12 @@ class EnrolmentServicer(attest_pb2_grpc.EnrolmentServiceServicer):
         await self._admit(context)
         return attest_pb2.GetTrustBundleResponse(trust_bundle=self._enrolment.trust_bundle())
 
+    async def GetTrustUpdate(
+        self, request: attest_pb2.GetTrustUpdateRequest, context: Any
+    ) -> attest_pb2.GetTrustUpdateResponse:
+        await self._admit(context)
+        return attest_pb2.GetTrustUpdateResponse(trust_update=await self._enrolment.trust_update(request.sequence))
+
     async def _admit(self, context: Any) -> None:
         address = self._address_of(context.peer())
         if address is None:
@@ -123,8 +132,12 @@ class EnrolmentServicer(attest_pb2_grpc.EnrolmentServiceServicer):
 class RegistryServicer(attest_pb2_grpc.RegistryServiceServicer):
     """Workloads, announced by the services that start them; the caller table says who may announce what."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, *, clock: Callable[[], datetime]) -> None:
         self._registry = registry
+        self._clock = clock
+
+    def _registration(self) -> Registration:
+        return Registration(str(current_caller().spiffe_id), int(self._clock().timestamp() * 1000))
 
     async def RegisterJob(
         self, request: attest_pb2.RegisterJobRequest, _context: Any
@@ -134,7 +147,8 @@ class RegistryServicer(attest_pb2_grpc.RegistryServiceServicer):
         if not 1 <= request.world_size <= MAX_WORLD_SIZE:
             raise _invalid("world_size", f"1 to {MAX_WORLD_SIZE}")
         await self._registry.register_job(
-            Job(request.job_id, request.tenant, request.world_size, request.script_digest, request.config_digest)
+            Job(request.job_id, request.tenant, request.world_size, request.script_digest, request.config_digest),
+            self._registration(),
         )
         return attest_pb2.RegisterJobResponse()
 
@@ -150,7 +164,8 @@ class RegistryServicer(attest_pb2_grpc.RegistryServiceServicer):
         _names(**names)
         _digests(script_digest=request.script_digest, config_digest=request.config_digest)
         await self._registry.register_backend(
-            Backend(request.tenant, request.model, request.backend_id, request.script_digest, request.config_digest)
+            Backend(request.tenant, request.model, request.backend_id, request.script_digest, request.config_digest),
+            self._registration(),
         )
         return attest_pb2.RegisterBackendResponse()
 
@@ -200,13 +215,13 @@ def enrolment_services(
     return [Mounted(f"{_PACKAGE}.EnrolmentService", add, servicer)]
 
 
-def services(registry: Registry, verdicts: Verdicts) -> list[Mounted]:
+def services(registry: Registry, verdicts: Verdicts, *, clock: Callable[[], datetime]) -> list[Mounted]:
     """Return what the mutual-TLS port serves besides evidence; its callers are CALLERS."""
     return [
         Mounted(
             f"{_PACKAGE}.RegistryService",
             attest_pb2_grpc.add_RegistryServiceServicer_to_server,
-            RegistryServicer(registry),
+            RegistryServicer(registry, clock=clock),
         ),
         Mounted(
             f"{_PACKAGE}.VerdictService",

@@ -4,6 +4,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """By whom and when; for people."""
+
+    service: str  # SPIFFE id
+    unix_ms: int
+
+
+UNKNOWN: Final = Registration("", 0)
 
 
 @dataclass(frozen=True, slots=True)

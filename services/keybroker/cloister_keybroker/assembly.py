@@ -15,6 +15,8 @@ from cloister.guest.enrol import Identity
 from cloister.runtime.logging import get_logger
 from cloister.runtime.server import Mounted
 from cloister_keybroker.answers import ReceiptSigner
+from cloister_keybroker.approvaldesk import ApprovalDesk
+from cloister_keybroker.approvalservice import mounted_approvals
 from cloister_keybroker.backends.factory import Backends, open_backends
 from cloister_keybroker.backends.watch import BackendWatch
 from cloister_keybroker.config import Config
@@ -25,6 +27,8 @@ from cloister_keybroker.logservice import mounted_log
 from cloister_keybroker.moving import Mover
 from cloister_keybroker.owners import OwnerDesk
 from cloister_keybroker.ownerservice import Desks
+from cloister_keybroker.policydesk import PolicyDesk
+from cloister_keybroker.policyservice import mounted_policies
 from cloister_keybroker.rootkey import RootKey
 from cloister_keybroker.service import mounted
 from cloister_keybroker.store import KeyStore
@@ -75,8 +79,14 @@ async def assembled(
     watch = BackendWatch(backends.all(), on_change=watching.on_change, gauge=watching.gauge)
     await watch.look()
     mover = Mover(store, backends, caller=str(identity.spiffe_id), clock=_now)
-    async with in_background(watch.keep_looking(), mover.keep_up(), desks.destruction.keep_carrying_out()):
-        yield [*mounted(desks, releases), *mounted_log(store, log_key)]
+    works = (watch.keep_looking(), mover.keep_up(), desks.destruction.keep_carrying_out())
+    async with in_background(*works):
+        yield [
+            *mounted(desks, releases),
+            *mounted_approvals(ApprovalDesk(store, _now)),
+            *mounted_policies(PolicyDesk(store, identity), _now),
+            *mounted_log(store, log_key),
+        ]
 
 
 @asynccontextmanager

@@ -14,13 +14,12 @@ from typing import Final
 from cloister.errors import CloisterError, Code
 from cloister.hpke import HpkeError, HpkeKeyPair
 from cloister.keyuri import KeyUri
-from cloister.policyblocks import digest_text
 from cloister.protocol import ReleaseBinding, import_info
 from cloister.provisioning import Provisioning, SignedPolicy
 from cloister.release.blocks import Block
 from cloister.release.cases import check_cases
 from cloister.release.keys import KeyState, Purpose
-from cloister.release.policy import ReleasePolicy
+from cloister.release.policy import parse_policy
 from cloister.secret import SecretBytes
 from cloister.tlv import sha384
 from cloister_keybroker.answers import Receipt, argument_error
@@ -29,6 +28,7 @@ from cloister_keybroker.desk import Desk, Office, Owner
 from cloister_keybroker.keys import KeyRecord, KeyVersion
 from cloister_keybroker.log import LogPlace
 from cloister_keybroker.nonces import NonceBook
+from cloister_keybroker.succession import PolicyRefused, check_signer, check_subject, check_successor
 from cloister_keybroker.transaction import ListedKey, StoredPolicy, Transaction
 
 # A start reads and authenticates every key: 50,000 take about two seconds.
@@ -159,20 +159,16 @@ class OwnerDesk(Desk):
             before = await self._changeable(
                 owner, uri, "put-policy", KeyState.ENABLED, KeyState.DISABLED, KeyState.DESTRUCTION_SCHEDULED
             )
+            newest = (await self.get(owner, uri)).policy
             signed = _signed_policy(envelope)
-            _check_subject(before, signed.policy)
+            check_subject(before, signed.policy)
             check_cases(signed.policy, self._office.clock())
             try:
-                _check_signer(before, signed)
-                _check_successor(before, signed.policy)
-            except CloisterError as error:
+                check_signer(before, signed)
+                check_successor(before, parse_policy(newest.yaml) if newest else None, signed)
+            except PolicyRefused as refused:
                 # An attempt to change or roll back a policy is worth remembering.
-                name, wanted = (
-                    ("policy.version", _successor_text(before))
-                    if error.code is Code.POLICY_VERSION
-                    else ("policy.signer", before.signer)
-                )
-                await self._deny(owner, "put-policy", uri, Block(name, False, wanted, error.why))
+                await self._deny(owner, "put-policy", uri, refused.grounds)
                 raise
             record = replace(
                 before,
@@ -240,16 +236,16 @@ class OwnerDesk(Desk):
             )
             _check_statement(statement, asked)
             if policy is not None:
-                _check_signer(record, policy)
+                check_signer(record, policy)
         except CloisterError as error:
             if error.code is Code.SIGNATURE_INVALID:
                 block = Block("provisioning", False, "signed by the owner for this request", error.why)
                 await self._deny(owner, action, new.uri, block)
             raise
         if policy is not None:
-            _check_subject(record, policy.policy)
+            check_subject(record, policy.policy)
             check_cases(policy.policy, self._office.clock())
-            _check_successor(replace(record, policy_version=0, policy_digest=b""), policy.policy)
+            check_successor(replace(record, policy_version=0, policy_digest=b""), None, policy)
         await self._store.read(lambda transaction: _check_free(transaction, new.uri))
         return record, policy
 
@@ -319,50 +315,6 @@ def _check_free(transaction: Transaction, uri: KeyUri) -> None:
         )
     if transaction.count_keys(uri.tenant) >= MAX_KEYS:
         raise _quota(f"{uri} is not created", f"the tenant has {MAX_KEYS} keys, as many as it can have")
-
-
-def _check_subject(record: KeyRecord, policy: ReleasePolicy) -> None:
-    """Check that a policy is about this key and of its owner."""
-    for place, wanted, got in (
-        ("spec.key.uri", str(record.uri), str(policy.key)),
-        ("metadata.owner", record.owner, policy.owner),
-    ):
-        if wanted != got:
-            raise CloisterError(
-                Code.POLICY_INVALID,
-                what=f"{place}: {got} is not allowed",
-                why=f"wanted {wanted}",
-                todo=f"write {wanted}",
-            )
-
-
-def _check_signer(record: KeyRecord, signed: SignedPolicy) -> None:
-    """Raise SIGNATURE_INVALID unless the signer of the key has signed, whoever else has."""
-    if record.signer not in signed.signers:
-        raise CloisterError(
-            Code.SIGNATURE_INVALID,
-            what=f"the policy is not signed by the owner of {record.uri}",
-            why=f"its signer is {record.signer}; signed by {', '.join(sorted(signed.signers))}",
-            todo="sign it with the key that signed when the key was created",
-        )
-
-
-def _check_successor(record: KeyRecord, policy: ReleasePolicy) -> None:
-    """Raise POLICY_VERSION unless the policy follows the newest one: no gap, no way back, no fork."""
-    if (policy.version, policy.previous) == (record.policy_version + 1, record.policy_digest):
-        return
-    got = f"version {policy.version}" + (f", previous {digest_text(policy.previous)}" if policy.previous else "")
-    raise CloisterError(
-        Code.POLICY_VERSION,
-        what=f"the policy does not follow the newest one of {record.uri}",
-        why=f"wanted {_successor_text(record)}; got {got}",
-        todo="read the newest policy, and write its successor",
-    )
-
-
-def _successor_text(record: KeyRecord) -> str:
-    text = f"version {record.policy_version + 1}"
-    return f"{text}, previous {digest_text(record.policy_digest)}" if record.policy_version else text
 
 
 def _quota(what: str, why: str) -> CloisterError:

@@ -16,8 +16,10 @@ from cloister.runtime.guard import CallerTable
 from cloister.runtime.server import Mounted
 from cloister_keybroker import wire
 from cloister_keybroker.answers import Recipient, argument_error
+from cloister_keybroker.approvalservice import CALLERS as APPROVAL_CALLERS
 from cloister_keybroker.ownerservice import CALLERS as OWNER_CALLERS
 from cloister_keybroker.ownerservice import Desks, KeyOwnerServicer
+from cloister_keybroker.policyservice import CALLERS as POLICY_CALLERS
 from cloister_keybroker.wire import PACKAGE
 from cloister_keybroker.workloads import KEM_IDS, Asked, ReleaseDesk, Workload
 
@@ -27,6 +29,8 @@ _WORKLOADS: Final = frozenset({Role.RANK, Role.BACKEND})
 # The coordinator and the gateway are not in it: neither is trusted with data keys.
 CALLERS: Final[CallerTable] = {
     **OWNER_CALLERS,
+    **APPROVAL_CALLERS,
+    **POLICY_CALLERS,
     f"/{RELEASE_SERVICE}/BeginRelease": _WORKLOADS,
     f"/{RELEASE_SERVICE}/Release": _WORKLOADS,
 }

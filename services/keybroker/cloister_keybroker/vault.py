@@ -214,7 +214,10 @@ class Vault:
         async with self._lock:
             if self._opened is None:
                 return
-            await self._opened.store.write(partial(_append, operator.entry("seal")))
+            try:
+                await self._opened.store.write(partial(_append, operator.entry("seal")))
+            except CloisterError as error:  # an emergency stop works on a full disk, too
+                get_logger().error("sealing could not be logged", operator=str(operator.spiffe_id), problem=str(error))
             await self._shut_gate("an operator sealed it")
             await self._forget()
             self._next = None

@@ -36,6 +36,11 @@ def purpose(wire: int) -> Purpose:
     return found
 
 
+def wire_purpose(purpose: Purpose) -> pb.Purpose.ValueType:
+    """Write a purpose."""
+    return _WIRE_PURPOSES[purpose]
+
+
 def page(asked: int, default: int, name: str) -> int:
     """Return how many items to answer with; raise ARGUMENT_INVALID when that is too many."""
     if asked > MAX_PAGE:

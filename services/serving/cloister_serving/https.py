@@ -128,8 +128,10 @@ class HttpsServer:
         connection = request.transport.get_extra_info("ssl_object") if request.transport else None
         if not isinstance(connection, ssl.SSLObject):
             raise CloisterError(Code.CALLER_UNKNOWN, what="the connection is gone", todo="connect again")
-        bundle = self._credentials.current().bundle
-        caller = caller_of_tls(connection, request.remote or "", bundle, datetime.now(UTC))
+        trusted = self._credentials.current()
+        caller = caller_of_tls(
+            connection, request.remote or "", trusted.bundle, datetime.now(UTC), revoked=trusted.revoked
+        )
         if caller.spiffe_id.role is not Role.USER:
             raise CloisterError(
                 Code.CALLER_NOT_ALLOWED,

@@ -45,6 +45,53 @@ DENIAL_KIND_MEASUREMENT: DenialKind.ValueType  # 3
 """SHA-384 of MRTD, MRSEAM, RTMR0 to RTMR2, code, environment, configuration or data set."""
 Global___DenialKind: _TypeAlias = DenialKind  # noqa: Y015
 
+class _Standing:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StandingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Standing.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STANDING_UNSPECIFIED: _Standing.ValueType  # 0
+    STANDING_USER: _Standing.ValueType  # 1
+    STANDING_ADMINISTRATOR: _Standing.ValueType  # 2
+    """Issues, lists and removes identities of its own tenant."""
+    STANDING_OPERATOR: _Standing.ValueType  # 3
+    """Denials, epochs and workloads of all tenants; identities of its own."""
+
+class Standing(_Standing, metaclass=_StandingEnumTypeWrapper):
+    """Each may do what the one before may."""
+
+STANDING_UNSPECIFIED: Standing.ValueType  # 0
+STANDING_USER: Standing.ValueType  # 1
+STANDING_ADMINISTRATOR: Standing.ValueType  # 2
+"""Issues, lists and removes identities of its own tenant."""
+STANDING_OPERATOR: Standing.ValueType  # 3
+"""Denials, epochs and workloads of all tenants; identities of its own."""
+Global___Standing: _TypeAlias = Standing  # noqa: Y015
+
+class _EpochState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EpochStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EpochState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EPOCH_STATE_UNSPECIFIED: _EpochState.ValueType  # 0
+    EPOCH_STATE_ANNOUNCED: _EpochState.ValueType  # 1
+    """Trusted, not issuing yet."""
+    EPOCH_STATE_ISSUING: _EpochState.ValueType  # 2
+    EPOCH_STATE_ENDING: _EpochState.ValueType  # 3
+    """Trusted until ends_unix_s, issuing no more."""
+
+class EpochState(_EpochState, metaclass=_EpochStateEnumTypeWrapper): ...
+
+EPOCH_STATE_UNSPECIFIED: EpochState.ValueType  # 0
+EPOCH_STATE_ANNOUNCED: EpochState.ValueType  # 1
+"""Trusted, not issuing yet."""
+EPOCH_STATE_ISSUING: EpochState.ValueType  # 2
+EPOCH_STATE_ENDING: EpochState.ValueType  # 3
+"""Trusted until ends_unix_s, issuing no more."""
+Global___EpochState: _TypeAlias = EpochState  # noqa: Y015
+
 @_typing.final
 class ChallengeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -105,12 +152,15 @@ class AttestRequest(_message.Message):
     CHALLENGE_NONCE_FIELD_NUMBER: _builtins.int
     RELYING_PARTY_NONCE_FIELD_NUMBER: _builtins.int
     CSR_DER_FIELD_NUMBER: _builtins.int
+    TRUST_SEQUENCE_FIELD_NUMBER: _builtins.int
     challenge_nonce: _builtins.bytes
     """Nonce of ChallengeResponse, 32 bytes."""
     relying_party_nonce: _builtins.bytes
     """Nonce of a relying party that wants fresh evidence (BeginReleaseResponse.nonce), 32 bytes or empty."""
     csr_der: _builtins.bytes
     """PKCS#10 request (DER) under evidence.tls_spki_der: its self-signature is the proof of possession. Subject and SANs are ignored."""
+    trust_sequence: _builtins.int
+    """Sequence of the trust update that the TD has; 0 for none."""
     @_builtins.property
     def evidence(self) -> _evidence_pb2.Evidence:
         """Evidence over nonce = challenge nonce, or, with relying_party_nonce set,
@@ -124,10 +174,11 @@ class AttestRequest(_message.Message):
         challenge_nonce: _builtins.bytes = ...,
         relying_party_nonce: _builtins.bytes = ...,
         csr_der: _builtins.bytes = ...,
+        trust_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["challenge_nonce", b"challenge_nonce", "csr_der", b"csr_der", "evidence", b"evidence", "relying_party_nonce", b"relying_party_nonce"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["challenge_nonce", b"challenge_nonce", "csr_der", b"csr_der", "evidence", b"evidence", "relying_party_nonce", b"relying_party_nonce", "trust_sequence", b"trust_sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -143,6 +194,7 @@ class AttestResponse(_message.Message):
     TRUST_BUNDLE_FIELD_NUMBER: _builtins.int
     CERTIFICATE_NOT_AFTER_UNIX_S_FIELD_NUMBER: _builtins.int
     ATTESTATION_RESULT_EXPIRES_UNIX_S_FIELD_NUMBER: _builtins.int
+    TRUST_UPDATE_FIELD_NUMBER: _builtins.int
     certificate_chain_pem: _builtins.bytes
     """Certificate, then its per-role intermediate (PEM)."""
     spiffe_id: _builtins.str
@@ -154,6 +206,8 @@ class AttestResponse(_message.Message):
     certificate_not_after_unix_s: _builtins.int
     """Unix seconds."""
     attestation_result_expires_unix_s: _builtins.int
+    trust_update: _builtins.bytes
+    """As GetTrustUpdate gives it."""
     def __init__(
         self,
         *,
@@ -163,10 +217,11 @@ class AttestResponse(_message.Message):
         trust_bundle: _builtins.bytes = ...,
         certificate_not_after_unix_s: _builtins.int = ...,
         attestation_result_expires_unix_s: _builtins.int = ...,
+        trust_update: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestation_result", b"attestation_result", "attestation_result_expires_unix_s", b"attestation_result_expires_unix_s", "certificate_chain_pem", b"certificate_chain_pem", "certificate_not_after_unix_s", b"certificate_not_after_unix_s", "spiffe_id", b"spiffe_id", "trust_bundle", b"trust_bundle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestation_result", b"attestation_result", "attestation_result_expires_unix_s", b"attestation_result_expires_unix_s", "certificate_chain_pem", b"certificate_chain_pem", "certificate_not_after_unix_s", b"certificate_not_after_unix_s", "spiffe_id", b"spiffe_id", "trust_bundle", b"trust_bundle", "trust_update", b"trust_update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -253,6 +308,48 @@ class GetTrustBundleResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetTrustBundleResponse: _TypeAlias = GetTrustBundleResponse  # noqa: Y015
+
+@_typing.final
+class GetTrustUpdateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Sequence of the update that the caller has; 0 for none."""
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTrustUpdateRequest: _TypeAlias = GetTrustUpdateRequest  # noqa: Y015
+
+@_typing.final
+class GetTrustUpdateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRUST_UPDATE_FIELD_NUMBER: _builtins.int
+    trust_update: _builtins.bytes
+    """JSON, format "cloister-trust-update-1", signed by the roots of all epochs that a caller could know; at most 2 MiB.
+    Empty when the caller has the newest.
+    """
+    def __init__(
+        self,
+        *,
+        trust_update: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["trust_update", b"trust_update"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTrustUpdateResponse: _TypeAlias = GetTrustUpdateResponse  # noqa: Y015
 
 @_typing.final
 class RegisterJobRequest(_message.Message):
@@ -613,12 +710,21 @@ Global___DenyRequest: _TypeAlias = DenyRequest  # noqa: Y015
 class DenyResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    CERTIFICATES_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    certificates: _builtins.int
+    """Certificates that this ends before their time."""
+    complete: _builtins.bool
+    """False: there are more than can be told one by one; retire the epoch to end them all."""
     def __init__(
         self,
+        *,
+        certificates: _builtins.int = ...,
+        complete: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificates", b"certificates", "complete", b"complete"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -733,3 +839,632 @@ class Denial(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Denial: _TypeAlias = Denial  # noqa: Y015
+
+@_typing.final
+class IssueIdentityRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPIFFE_ID_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
+    SPKI_DER_FIELD_NUMBER: _builtins.int
+    CSR_DER_FIELD_NUMBER: _builtins.int
+    REPLACE_FIELD_NUMBER: _builtins.int
+    spiffe_id: _builtins.str
+    """spiffe://<trust domain>/ns/<the caller's tenant>/user/<name>"""
+    standing: Global___Standing.ValueType
+    spki_der: _builtins.bytes
+    """One of the two. With a PKCS#10 request (DER, self-signed), which proves possession, the answer holds a certificate."""
+    csr_der: _builtins.bytes
+    replace: _builtins.bool
+    """Take the place of another key of the same identity, whose certificates end; without it that is refused."""
+    def __init__(
+        self,
+        *,
+        spiffe_id: _builtins.str = ...,
+        standing: Global___Standing.ValueType = ...,
+        spki_der: _builtins.bytes = ...,
+        csr_der: _builtins.bytes = ...,
+        replace: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["csr_der", b"csr_der", "replace", b"replace", "spiffe_id", b"spiffe_id", "spki_der", b"spki_der", "standing", b"standing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IssueIdentityRequest: _TypeAlias = IssueIdentityRequest  # noqa: Y015
+
+@_typing.final
+class IssueIdentityResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPKI_SHA256_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_CHAIN_PEM_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_NOT_AFTER_UNIX_S_FIELD_NUMBER: _builtins.int
+    TRUST_BUNDLE_FIELD_NUMBER: _builtins.int
+    spki_sha256: _builtins.bytes
+    """SHA-256 of the public key, 32 bytes."""
+    certificate_chain_pem: _builtins.bytes
+    """Empty without a request."""
+    certificate_not_after_unix_s: _builtins.int
+    trust_bundle: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        spki_sha256: _builtins.bytes = ...,
+        certificate_chain_pem: _builtins.bytes = ...,
+        certificate_not_after_unix_s: _builtins.int = ...,
+        trust_bundle: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_chain_pem", b"certificate_chain_pem", "certificate_not_after_unix_s", b"certificate_not_after_unix_s", "spki_sha256", b"spki_sha256", "trust_bundle", b"trust_bundle"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IssueIdentityResponse: _TypeAlias = IssueIdentityResponse  # noqa: Y015
+
+@_typing.final
+class ListIdentitiesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListIdentitiesRequest: _TypeAlias = ListIdentitiesRequest  # noqa: Y015
+
+@_typing.final
+class ListIdentitiesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def identities(self) -> _containers.RepeatedCompositeFieldContainer[Global___RegisteredIdentity]:
+        """Of the caller's tenant; of all tenants for operators. At most 10,000, by name."""
+
+    def __init__(
+        self,
+        *,
+        identities: _abc.Iterable[Global___RegisteredIdentity] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identities", b"identities"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListIdentitiesResponse: _TypeAlias = ListIdentitiesResponse  # noqa: Y015
+
+@_typing.final
+class RegisteredIdentity(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPIFFE_ID_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
+    SPKI_SHA256_FIELD_NUMBER: _builtins.int
+    ADDED_BY_FIELD_NUMBER: _builtins.int
+    ADDED_UNIX_MS_FIELD_NUMBER: _builtins.int
+    DENIED_FIELD_NUMBER: _builtins.int
+    spiffe_id: _builtins.str
+    standing: Global___Standing.ValueType
+    spki_sha256: _builtins.bytes
+    """SHA-256 of the public key, 32 bytes."""
+    added_by: _builtins.str
+    """SPIFFE id of whoever registered it; empty for those of attest's configuration."""
+    added_unix_ms: _builtins.int
+    """0 for those of attest's configuration."""
+    denied: _builtins.bool
+    """On the deny-list."""
+    def __init__(
+        self,
+        *,
+        spiffe_id: _builtins.str = ...,
+        standing: Global___Standing.ValueType = ...,
+        spki_sha256: _builtins.bytes = ...,
+        added_by: _builtins.str = ...,
+        added_unix_ms: _builtins.int = ...,
+        denied: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_by", b"added_by", "added_unix_ms", b"added_unix_ms", "denied", b"denied", "spiffe_id", b"spiffe_id", "spki_sha256", b"spki_sha256", "standing", b"standing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegisteredIdentity: _TypeAlias = RegisteredIdentity  # noqa: Y015
+
+@_typing.final
+class RemoveIdentityRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPIFFE_ID_FIELD_NUMBER: _builtins.int
+    spiffe_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        spiffe_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spiffe_id", b"spiffe_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveIdentityRequest: _TypeAlias = RemoveIdentityRequest  # noqa: Y015
+
+@_typing.final
+class RemoveIdentityResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATES_FIELD_NUMBER: _builtins.int
+    certificates: _builtins.int
+    """Certificates that this ends before their time."""
+    def __init__(
+        self,
+        *,
+        certificates: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificates", b"certificates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveIdentityResponse: _TypeAlias = RemoveIdentityResponse  # noqa: Y015
+
+@_typing.final
+class Epoch(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    STARTED_UNIX_S_FIELD_NUMBER: _builtins.int
+    ISSUES_UNIX_S_FIELD_NUMBER: _builtins.int
+    ENDS_UNIX_S_FIELD_NUMBER: _builtins.int
+    ROOT_SHA256_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.str
+    state: Global___EpochState.ValueType
+    started_unix_s: _builtins.int
+    issues_unix_s: _builtins.int
+    """ANNOUNCED: when it issues."""
+    ends_unix_s: _builtins.int
+    """ISSUING: when it would end by age; ENDING: when it ends."""
+    root_sha256: _builtins.bytes
+    """SHA-256 of the root certificate (DER), 32 bytes."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.str = ...,
+        state: Global___EpochState.ValueType = ...,
+        started_unix_s: _builtins.int = ...,
+        issues_unix_s: _builtins.int = ...,
+        ends_unix_s: _builtins.int = ...,
+        root_sha256: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends_unix_s", b"ends_unix_s", "epoch", b"epoch", "issues_unix_s", b"issues_unix_s", "root_sha256", b"root_sha256", "started_unix_s", b"started_unix_s", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Epoch: _TypeAlias = Epoch  # noqa: Y015
+
+@_typing.final
+class ListEpochsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEpochsRequest: _TypeAlias = ListEpochsRequest  # noqa: Y015
+
+@_typing.final
+class ListEpochsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    TRUST_BUNDLE_DIGEST_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    kept: _builtins.str
+    """"memory", "file" or "shares": what becomes of the CA when attest is restarted."""
+    sequence: _builtins.int
+    """Of the present trust update: rises with every change. Whoever recovers the CA compares it."""
+    trust_bundle_digest: _builtins.bytes
+    """SHA-384 of the present trust bundle."""
+    generation: _builtins.int
+    """Rises whenever the sealed state is written; 0 when it is not kept."""
+    @_builtins.property
+    def epochs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Epoch]:
+        """Newest first."""
+
+    def __init__(
+        self,
+        *,
+        epochs: _abc.Iterable[Global___Epoch] | None = ...,
+        kept: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        trust_bundle_digest: _builtins.bytes = ...,
+        generation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epochs", b"epochs", "generation", b"generation", "kept", b"kept", "sequence", b"sequence", "trust_bundle_digest", b"trust_bundle_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEpochsResponse: _TypeAlias = ListEpochsResponse  # noqa: Y015
+
+@_typing.final
+class StartEpochRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartEpochRequest: _TypeAlias = StartEpochRequest  # noqa: Y015
+
+@_typing.final
+class StartEpochResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def epoch(self) -> Global___Epoch: ...
+    def __init__(
+        self,
+        *,
+        epoch: Global___Epoch | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartEpochResponse: _TypeAlias = StartEpochResponse  # noqa: Y015
+
+@_typing.final
+class RetireEpochRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.str
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetireEpochRequest: _TypeAlias = RetireEpochRequest  # noqa: Y015
+
+@_typing.final
+class RetireEpochResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ISSUING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def issuing(self) -> Global___Epoch:
+        """The epoch that issues from now on."""
+
+    def __init__(
+        self,
+        *,
+        issuing: Global___Epoch | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["issuing", b"issuing"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["issuing", b"issuing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetireEpochResponse: _TypeAlias = RetireEpochResponse  # noqa: Y015
+
+@_typing.final
+class ListWorkloadsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLOSED_FIELD_NUMBER: _builtins.int
+    closed: _builtins.bool
+    """Closed ones, too."""
+    def __init__(
+        self,
+        *,
+        closed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListWorkloadsRequest: _TypeAlias = ListWorkloadsRequest  # noqa: Y015
+
+@_typing.final
+class ListWorkloadsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOBS_FIELD_NUMBER: _builtins.int
+    BACKENDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RegisteredJob]:
+        """At most 10,000 of each."""
+
+    @_builtins.property
+    def backends(self) -> _containers.RepeatedCompositeFieldContainer[Global___RegisteredBackend]: ...
+    def __init__(
+        self,
+        *,
+        jobs: _abc.Iterable[Global___RegisteredJob] | None = ...,
+        backends: _abc.Iterable[Global___RegisteredBackend] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backends", b"backends", "jobs", b"jobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListWorkloadsResponse: _TypeAlias = ListWorkloadsResponse  # noqa: Y015
+
+@_typing.final
+class RegisteredJob(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    SCRIPT_DIGEST_FIELD_NUMBER: _builtins.int
+    CONFIG_DIGEST_FIELD_NUMBER: _builtins.int
+    OPEN_FIELD_NUMBER: _builtins.int
+    REGISTERED_BY_FIELD_NUMBER: _builtins.int
+    REGISTERED_UNIX_MS_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    tenant: _builtins.str
+    world_size: _builtins.int
+    script_digest: _builtins.bytes
+    config_digest: _builtins.bytes
+    open: _builtins.bool
+    registered_by: _builtins.str
+    """SPIFFE id of the service that registered it; empty when that was before it was recorded."""
+    registered_unix_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        world_size: _builtins.int = ...,
+        script_digest: _builtins.bytes = ...,
+        config_digest: _builtins.bytes = ...,
+        open: _builtins.bool = ...,
+        registered_by: _builtins.str = ...,
+        registered_unix_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_digest", b"config_digest", "job_id", b"job_id", "open", b"open", "registered_by", b"registered_by", "registered_unix_ms", b"registered_unix_ms", "script_digest", b"script_digest", "tenant", b"tenant", "world_size", b"world_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegisteredJob: _TypeAlias = RegisteredJob  # noqa: Y015
+
+@_typing.final
+class RegisteredBackend(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    BACKEND_ID_FIELD_NUMBER: _builtins.int
+    SCRIPT_DIGEST_FIELD_NUMBER: _builtins.int
+    CONFIG_DIGEST_FIELD_NUMBER: _builtins.int
+    OPEN_FIELD_NUMBER: _builtins.int
+    REGISTERED_BY_FIELD_NUMBER: _builtins.int
+    REGISTERED_UNIX_MS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    model: _builtins.str
+    backend_id: _builtins.str
+    script_digest: _builtins.bytes
+    config_digest: _builtins.bytes
+    open: _builtins.bool
+    registered_by: _builtins.str
+    registered_unix_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        model: _builtins.str = ...,
+        backend_id: _builtins.str = ...,
+        script_digest: _builtins.bytes = ...,
+        config_digest: _builtins.bytes = ...,
+        open: _builtins.bool = ...,
+        registered_by: _builtins.str = ...,
+        registered_unix_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend_id", b"backend_id", "config_digest", b"config_digest", "model", b"model", "open", b"open", "registered_by", b"registered_by", "registered_unix_ms", b"registered_unix_ms", "script_digest", b"script_digest", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegisteredBackend: _TypeAlias = RegisteredBackend  # noqa: Y015
+
+@_typing.final
+class CloseWorkloadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___CloseJobRequest: ...
+    @_builtins.property
+    def backend(self) -> Global___CloseBackendRequest: ...
+    def __init__(
+        self,
+        *,
+        job: Global___CloseJobRequest | None = ...,
+        backend: Global___CloseBackendRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "job", b"job", "workload", b"workload"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "job", b"job", "workload", b"workload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_workload: _TypeAlias = _typing.Literal["job", "backend"]  # noqa: Y015
+    _WhichOneofArgType_workload: _TypeAlias = _typing.Literal["workload", b"workload"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_workload) -> _WhichOneofReturnType_workload | None: ...
+
+Global___CloseWorkloadRequest: _TypeAlias = CloseWorkloadRequest  # noqa: Y015
+
+@_typing.final
+class CloseWorkloadResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseWorkloadResponse: _TypeAlias = CloseWorkloadResponse  # noqa: Y015
+
+@_typing.final
+class GetRecoveryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NONCE_FIELD_NUMBER: _builtins.int
+    nonce: _builtins.bytes
+    """32 bytes chosen by the caller."""
+    def __init__(
+        self,
+        *,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRecoveryRequest: _TypeAlias = GetRecoveryRequest  # noqa: Y015
+
+@_typing.final
+class GetRecoveryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    SHARE_SET_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    GIVEN_FIELD_NUMBER: _builtins.int
+    IS_NEW_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    SEALED_UNIX_S_FIELD_NUMBER: _builtins.int
+    TRUST_BUNDLE_FIELD_NUMBER: _builtins.int
+    share_set: _builtins.str
+    """Name of the share set, 8 hexadecimal digits."""
+    threshold: _builtins.int
+    count: _builtins.int
+    is_new: _builtins.bool
+    """There is no sealed state: a new CA would begin."""
+    generation: _builtins.int
+    """Generation of the sealed state, and Unix seconds of its making: how a holder sees that an old one was put back."""
+    sealed_unix_s: _builtins.int
+    trust_bundle: _builtins.bytes
+    """The trust bundle of that CA, canonical JSON; what attest measured."""
+    @_builtins.property
+    def evidence(self) -> _evidence_pb2.Evidence:
+        """Over the nonce, for the audience "cloister-recovery"."""
+
+    @_builtins.property
+    def given(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of the shares that are here."""
+
+    def __init__(
+        self,
+        *,
+        evidence: _evidence_pb2.Evidence | None = ...,
+        share_set: _builtins.str = ...,
+        threshold: _builtins.int = ...,
+        count: _builtins.int = ...,
+        given: _abc.Iterable[_builtins.int] | None = ...,
+        is_new: _builtins.bool = ...,
+        generation: _builtins.int = ...,
+        sealed_unix_s: _builtins.int = ...,
+        trust_bundle: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "evidence", b"evidence", "generation", b"generation", "given", b"given", "is_new", b"is_new", "sealed_unix_s", b"sealed_unix_s", "share_set", b"share_set", "threshold", b"threshold", "trust_bundle", b"trust_bundle"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRecoveryResponse: _TypeAlias = GetRecoveryResponse  # noqa: Y015
+
+@_typing.final
+class GiveShareRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEALED_SHARE_FIELD_NUMBER: _builtins.int
+    sealed_share: _builtins.bytes
+    """A share (SLIP-39, ASCII), HPKE-sealed to the key of the evidence with
+    info = TLV("cloister-recovery-share-v1", share set, SHA-384(trust bundle)).
+    """
+    def __init__(
+        self,
+        *,
+        sealed_share: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sealed_share", b"sealed_share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GiveShareRequest: _TypeAlias = GiveShareRequest  # noqa: Y015
+
+@_typing.final
+class GiveShareResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    missing: _builtins.int
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        missing: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GiveShareResponse: _TypeAlias = GiveShareResponse  # noqa: Y015

@@ -55,6 +55,11 @@ class EnrolmentServiceStub:
                 request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetTrustBundleRequest.SerializeToString,
                 response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetTrustBundleResponse.FromString,
                 _registered_method=True)
+        self.GetTrustUpdate = channel.unary_unary(
+                '/cloister.api.attest.v1.EnrolmentService/GetTrustUpdate',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetTrustUpdateRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetTrustUpdateResponse.FromString,
+                _registered_method=True)
 
 
 class EnrolmentServiceServicer:
@@ -89,6 +94,13 @@ class EnrolmentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTrustUpdate(self, request, context):
+        """What changed about trust: CAs that came and went, certificates that are not in force any more. Signed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EnrolmentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +123,11 @@ def add_EnrolmentServiceServicer_to_server(servicer, server):
                     servicer.GetTrustBundle,
                     request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetTrustBundleRequest.FromString,
                     response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetTrustBundleResponse.SerializeToString,
+            ),
+            'GetTrustUpdate': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTrustUpdate,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetTrustUpdateRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetTrustUpdateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +239,154 @@ class EnrolmentService:
             '/cloister.api.attest.v1.EnrolmentService/GetTrustBundle',
             cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetTrustBundleRequest.SerializeToString,
             cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetTrustBundleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTrustUpdate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.EnrolmentService/GetTrustUpdate',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetTrustUpdateRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetTrustUpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class RecoveryServiceStub:
+    """While attest has a CA state that it cannot open: holders of recovery shares verify it, and give it theirs. Served over
+    TLS with a certificate that nobody issued: what counts is the evidence, and that shares are sealed to its HPKE key.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetRecovery = channel.unary_unary(
+                '/cloister.api.attest.v1.RecoveryService/GetRecovery',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetRecoveryRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetRecoveryResponse.FromString,
+                _registered_method=True)
+        self.GiveShare = channel.unary_unary(
+                '/cloister.api.attest.v1.RecoveryService/GiveShare',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GiveShareRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GiveShareResponse.FromString,
+                _registered_method=True)
+
+
+class RecoveryServiceServicer:
+    """While attest has a CA state that it cannot open: holders of recovery shares verify it, and give it theirs. Served over
+    TLS with a certificate that nobody issued: what counts is the evidence, and that shares are sealed to its HPKE key.
+    """
+
+    def GetRecovery(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GiveShare(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RecoveryServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetRecovery': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRecovery,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetRecoveryRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetRecoveryResponse.SerializeToString,
+            ),
+            'GiveShare': grpc.unary_unary_rpc_method_handler(
+                    servicer.GiveShare,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GiveShareRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GiveShareResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'cloister.api.attest.v1.RecoveryService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('cloister.api.attest.v1.RecoveryService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class RecoveryService:
+    """While attest has a CA state that it cannot open: holders of recovery shares verify it, and give it theirs. Served over
+    TLS with a certificate that nobody issued: what counts is the evidence, and that shares are sealed to its HPKE key.
+    """
+
+    @staticmethod
+    def GetRecovery(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.RecoveryService/GetRecovery',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetRecoveryRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GetRecoveryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GiveShare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.RecoveryService/GiveShare',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GiveShareRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.GiveShareResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -557,7 +722,7 @@ class VerdictService:
 
 
 class IdentityServiceStub:
-    """Who is not let in any more. For users whom attest's configuration calls operators.
+    """Who somebody is, and who is not let in any more. For operators, and for administrators within their tenant.
     """
 
     def __init__(self, channel):
@@ -581,14 +746,30 @@ class IdentityServiceStub:
                 request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListDenialsRequest.SerializeToString,
                 response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListDenialsResponse.FromString,
                 _registered_method=True)
+        self.IssueIdentity = channel.unary_unary(
+                '/cloister.api.attest.v1.IdentityService/IssueIdentity',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.IssueIdentityRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.IssueIdentityResponse.FromString,
+                _registered_method=True)
+        self.ListIdentities = channel.unary_unary(
+                '/cloister.api.attest.v1.IdentityService/ListIdentities',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListIdentitiesRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListIdentitiesResponse.FromString,
+                _registered_method=True)
+        self.RemoveIdentity = channel.unary_unary(
+                '/cloister.api.attest.v1.IdentityService/RemoveIdentity',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.RemoveIdentityRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.RemoveIdentityResponse.FromString,
+                _registered_method=True)
 
 
 class IdentityServiceServicer:
-    """Who is not let in any more. For users whom attest's configuration calls operators.
+    """Who somebody is, and who is not let in any more. For operators, and for administrators within their tenant.
     """
 
     def Deny(self, request, context):
-        """Give no certificate any more to an identity, or to anything on a platform or with a measurement.
+        """Give no certificate any more to an identity, or to anything on a platform or with a measurement; certificates that
+        are in force end as soon as services learn of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -602,6 +783,26 @@ class IdentityServiceServicer:
 
     def ListDenials(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def IssueIdentity(self, request, context):
+        """Register a public key as a user of the caller's own tenant.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListIdentities(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveIdentity(self, request, context):
+        """Strike a registered user; its certificates end.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -624,6 +825,21 @@ def add_IdentityServiceServicer_to_server(servicer, server):
                     request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListDenialsRequest.FromString,
                     response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListDenialsResponse.SerializeToString,
             ),
+            'IssueIdentity': grpc.unary_unary_rpc_method_handler(
+                    servicer.IssueIdentity,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.IssueIdentityRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.IssueIdentityResponse.SerializeToString,
+            ),
+            'ListIdentities': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListIdentities,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListIdentitiesRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListIdentitiesResponse.SerializeToString,
+            ),
+            'RemoveIdentity': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveIdentity,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.RemoveIdentityRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.RemoveIdentityResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'cloister.api.attest.v1.IdentityService', rpc_method_handlers)
@@ -633,7 +849,7 @@ def add_IdentityServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class IdentityService:
-    """Who is not let in any more. For users whom attest's configuration calls operators.
+    """Who somebody is, and who is not let in any more. For operators, and for administrators within their tenant.
     """
 
     @staticmethod
@@ -707,6 +923,337 @@ class IdentityService:
             '/cloister.api.attest.v1.IdentityService/ListDenials',
             cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListDenialsRequest.SerializeToString,
             cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListDenialsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IssueIdentity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.IdentityService/IssueIdentity',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.IssueIdentityRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.IssueIdentityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListIdentities(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.IdentityService/ListIdentities',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListIdentitiesRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListIdentitiesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveIdentity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.IdentityService/RemoveIdentity',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.RemoveIdentityRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.RemoveIdentityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class OperatorServiceStub:
+    """The workload CA and what it may issue to. For operators.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ListEpochs = channel.unary_unary(
+                '/cloister.api.attest.v1.OperatorService/ListEpochs',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListEpochsRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListEpochsResponse.FromString,
+                _registered_method=True)
+        self.StartEpoch = channel.unary_unary(
+                '/cloister.api.attest.v1.OperatorService/StartEpoch',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.StartEpochRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.StartEpochResponse.FromString,
+                _registered_method=True)
+        self.RetireEpoch = channel.unary_unary(
+                '/cloister.api.attest.v1.OperatorService/RetireEpoch',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.RetireEpochRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.RetireEpochResponse.FromString,
+                _registered_method=True)
+        self.ListWorkloads = channel.unary_unary(
+                '/cloister.api.attest.v1.OperatorService/ListWorkloads',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListWorkloadsRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListWorkloadsResponse.FromString,
+                _registered_method=True)
+        self.CloseWorkload = channel.unary_unary(
+                '/cloister.api.attest.v1.OperatorService/CloseWorkload',
+                request_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.CloseWorkloadRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.CloseWorkloadResponse.FromString,
+                _registered_method=True)
+
+
+class OperatorServiceServicer:
+    """The workload CA and what it may issue to. For operators.
+    """
+
+    def ListEpochs(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartEpoch(self, request, context):
+        """Begin a new CA epoch: announced at once, issuing after a while, beside the present one until that has run out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetireEpoch(self, request, context):
+        """End an epoch now: nothing that was issued under it is trusted by who learns of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListWorkloads(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloseWorkload(self, request, context):
+        """Let no more ranks of a job, or a backend, enrol.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_OperatorServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ListEpochs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEpochs,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListEpochsRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListEpochsResponse.SerializeToString,
+            ),
+            'StartEpoch': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartEpoch,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.StartEpochRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.StartEpochResponse.SerializeToString,
+            ),
+            'RetireEpoch': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetireEpoch,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.RetireEpochRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.RetireEpochResponse.SerializeToString,
+            ),
+            'ListWorkloads': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListWorkloads,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListWorkloadsRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListWorkloadsResponse.SerializeToString,
+            ),
+            'CloseWorkload': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseWorkload,
+                    request_deserializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.CloseWorkloadRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.CloseWorkloadResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'cloister.api.attest.v1.OperatorService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('cloister.api.attest.v1.OperatorService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class OperatorService:
+    """The workload CA and what it may issue to. For operators.
+    """
+
+    @staticmethod
+    def ListEpochs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.OperatorService/ListEpochs',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListEpochsRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListEpochsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartEpoch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.OperatorService/StartEpoch',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.StartEpochRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.StartEpochResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetireEpoch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.OperatorService/RetireEpoch',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.RetireEpochRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.RetireEpochResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListWorkloads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.OperatorService/ListWorkloads',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListWorkloadsRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.ListWorkloadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseWorkload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.attest.v1.OperatorService/CloseWorkload',
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.CloseWorkloadRequest.SerializeToString,
+            cloister_dot_api_dot_attest_dot_v1_dot_attest__pb2.CloseWorkloadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class EnrolmentServiceStub:
     """Issue a certificate to a person or program whose public key the operator registered."""
     GetTrustBundle: _grpc.UnaryUnaryMultiCallable[_attest_pb2.GetTrustBundleRequest, _attest_pb2.GetTrustBundleResponse]
     """Trust bundle: root, per-role intermediates, token keys."""
+    GetTrustUpdate: _grpc.UnaryUnaryMultiCallable[_attest_pb2.GetTrustUpdateRequest, _attest_pb2.GetTrustUpdateResponse]
+    """What changed about trust: CAs that came and went, certificates that are not in force any more. Signed."""
 
 @_typing.type_check_only
 class EnrolmentServiceAsyncStub(EnrolmentServiceStub):
@@ -55,6 +57,8 @@ class EnrolmentServiceAsyncStub(EnrolmentServiceStub):
     """Issue a certificate to a person or program whose public key the operator registered."""
     GetTrustBundle: _aio.UnaryUnaryMultiCallable[_attest_pb2.GetTrustBundleRequest, _attest_pb2.GetTrustBundleResponse]  # type: ignore[assignment]
     """Trust bundle: root, per-role intermediates, token keys."""
+    GetTrustUpdate: _aio.UnaryUnaryMultiCallable[_attest_pb2.GetTrustUpdateRequest, _attest_pb2.GetTrustUpdateResponse]  # type: ignore[assignment]
+    """What changed about trust: CAs that came and went, certificates that are not in force any more. Signed."""
 
 class EnrolmentServiceServicer(metaclass=_abc_1.ABCMeta):
     """Enrolment: from evidence to an identity. Served over server-authenticated TLS, because its callers have no identity yet."""
@@ -91,7 +95,58 @@ class EnrolmentServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_attest_pb2.GetTrustBundleResponse, _abc.Awaitable[_attest_pb2.GetTrustBundleResponse]]:
         """Trust bundle: root, per-role intermediates, token keys."""
 
+    @_abc_1.abstractmethod
+    def GetTrustUpdate(
+        self,
+        request: _attest_pb2.GetTrustUpdateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.GetTrustUpdateResponse, _abc.Awaitable[_attest_pb2.GetTrustUpdateResponse]]:
+        """What changed about trust: CAs that came and went, certificates that are not in force any more. Signed."""
+
 def add_EnrolmentServiceServicer_to_server(servicer: EnrolmentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class RecoveryServiceStub:
+    """While attest has a CA state that it cannot open: holders of recovery shares verify it, and give it theirs. Served over
+    TLS with a certificate that nobody issued: what counts is the evidence, and that shares are sealed to its HPKE key.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> RecoveryServiceAsyncStub: ...
+    GetRecovery: _grpc.UnaryUnaryMultiCallable[_attest_pb2.GetRecoveryRequest, _attest_pb2.GetRecoveryResponse]
+    GiveShare: _grpc.UnaryUnaryMultiCallable[_attest_pb2.GiveShareRequest, _attest_pb2.GiveShareResponse]
+
+@_typing.type_check_only
+class RecoveryServiceAsyncStub(RecoveryServiceStub):
+    """While attest has a CA state that it cannot open: holders of recovery shares verify it, and give it theirs. Served over
+    TLS with a certificate that nobody issued: what counts is the evidence, and that shares are sealed to its HPKE key.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    GetRecovery: _aio.UnaryUnaryMultiCallable[_attest_pb2.GetRecoveryRequest, _attest_pb2.GetRecoveryResponse]  # type: ignore[assignment]
+    GiveShare: _aio.UnaryUnaryMultiCallable[_attest_pb2.GiveShareRequest, _attest_pb2.GiveShareResponse]  # type: ignore[assignment]
+
+class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
+    """While attest has a CA state that it cannot open: holders of recovery shares verify it, and give it theirs. Served over
+    TLS with a certificate that nobody issued: what counts is the evidence, and that shares are sealed to its HPKE key.
+    """
+
+    @_abc_1.abstractmethod
+    def GetRecovery(
+        self,
+        request: _attest_pb2.GetRecoveryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.GetRecoveryResponse, _abc.Awaitable[_attest_pb2.GetRecoveryResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GiveShare(
+        self,
+        request: _attest_pb2.GiveShareRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.GiveShareResponse, _abc.Awaitable[_attest_pb2.GiveShareResponse]]: ...
+
+def add_RecoveryServiceServicer_to_server(servicer: RecoveryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class RegistryServiceStub:
     """Registry of workloads: which measurements may become which identity."""
@@ -189,29 +244,43 @@ class VerdictServiceServicer(metaclass=_abc_1.ABCMeta):
 def add_VerdictServiceServicer_to_server(servicer: VerdictServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class IdentityServiceStub:
-    """Who is not let in any more. For users whom attest's configuration calls operators."""
+    """Who somebody is, and who is not let in any more. For operators, and for administrators within their tenant."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> IdentityServiceAsyncStub: ...
     Deny: _grpc.UnaryUnaryMultiCallable[_attest_pb2.DenyRequest, _attest_pb2.DenyResponse]
-    """Give no certificate any more to an identity, or to anything on a platform or with a measurement."""
+    """Give no certificate any more to an identity, or to anything on a platform or with a measurement; certificates that
+    are in force end as soon as services learn of it.
+    """
     Readmit: _grpc.UnaryUnaryMultiCallable[_attest_pb2.ReadmitRequest, _attest_pb2.ReadmitResponse]
     ListDenials: _grpc.UnaryUnaryMultiCallable[_attest_pb2.ListDenialsRequest, _attest_pb2.ListDenialsResponse]
+    IssueIdentity: _grpc.UnaryUnaryMultiCallable[_attest_pb2.IssueIdentityRequest, _attest_pb2.IssueIdentityResponse]
+    """Register a public key as a user of the caller's own tenant."""
+    ListIdentities: _grpc.UnaryUnaryMultiCallable[_attest_pb2.ListIdentitiesRequest, _attest_pb2.ListIdentitiesResponse]
+    RemoveIdentity: _grpc.UnaryUnaryMultiCallable[_attest_pb2.RemoveIdentityRequest, _attest_pb2.RemoveIdentityResponse]
+    """Strike a registered user; its certificates end."""
 
 @_typing.type_check_only
 class IdentityServiceAsyncStub(IdentityServiceStub):
-    """Who is not let in any more. For users whom attest's configuration calls operators."""
+    """Who somebody is, and who is not let in any more. For operators, and for administrators within their tenant."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Deny: _aio.UnaryUnaryMultiCallable[_attest_pb2.DenyRequest, _attest_pb2.DenyResponse]  # type: ignore[assignment]
-    """Give no certificate any more to an identity, or to anything on a platform or with a measurement."""
+    """Give no certificate any more to an identity, or to anything on a platform or with a measurement; certificates that
+    are in force end as soon as services learn of it.
+    """
     Readmit: _aio.UnaryUnaryMultiCallable[_attest_pb2.ReadmitRequest, _attest_pb2.ReadmitResponse]  # type: ignore[assignment]
     ListDenials: _aio.UnaryUnaryMultiCallable[_attest_pb2.ListDenialsRequest, _attest_pb2.ListDenialsResponse]  # type: ignore[assignment]
+    IssueIdentity: _aio.UnaryUnaryMultiCallable[_attest_pb2.IssueIdentityRequest, _attest_pb2.IssueIdentityResponse]  # type: ignore[assignment]
+    """Register a public key as a user of the caller's own tenant."""
+    ListIdentities: _aio.UnaryUnaryMultiCallable[_attest_pb2.ListIdentitiesRequest, _attest_pb2.ListIdentitiesResponse]  # type: ignore[assignment]
+    RemoveIdentity: _aio.UnaryUnaryMultiCallable[_attest_pb2.RemoveIdentityRequest, _attest_pb2.RemoveIdentityResponse]  # type: ignore[assignment]
+    """Strike a registered user; its certificates end."""
 
 class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Who is not let in any more. For users whom attest's configuration calls operators."""
+    """Who somebody is, and who is not let in any more. For operators, and for administrators within their tenant."""
 
     @_abc_1.abstractmethod
     def Deny(
@@ -219,7 +288,9 @@ class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _attest_pb2.DenyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_attest_pb2.DenyResponse, _abc.Awaitable[_attest_pb2.DenyResponse]]:
-        """Give no certificate any more to an identity, or to anything on a platform or with a measurement."""
+        """Give no certificate any more to an identity, or to anything on a platform or with a measurement; certificates that
+        are in force end as soon as services learn of it.
+        """
 
     @_abc_1.abstractmethod
     def Readmit(
@@ -235,4 +306,100 @@ class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_attest_pb2.ListDenialsResponse, _abc.Awaitable[_attest_pb2.ListDenialsResponse]]: ...
 
+    @_abc_1.abstractmethod
+    def IssueIdentity(
+        self,
+        request: _attest_pb2.IssueIdentityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.IssueIdentityResponse, _abc.Awaitable[_attest_pb2.IssueIdentityResponse]]:
+        """Register a public key as a user of the caller's own tenant."""
+
+    @_abc_1.abstractmethod
+    def ListIdentities(
+        self,
+        request: _attest_pb2.ListIdentitiesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.ListIdentitiesResponse, _abc.Awaitable[_attest_pb2.ListIdentitiesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def RemoveIdentity(
+        self,
+        request: _attest_pb2.RemoveIdentityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.RemoveIdentityResponse, _abc.Awaitable[_attest_pb2.RemoveIdentityResponse]]:
+        """Strike a registered user; its certificates end."""
+
 def add_IdentityServiceServicer_to_server(servicer: IdentityServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class OperatorServiceStub:
+    """The workload CA and what it may issue to. For operators."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> OperatorServiceAsyncStub: ...
+    ListEpochs: _grpc.UnaryUnaryMultiCallable[_attest_pb2.ListEpochsRequest, _attest_pb2.ListEpochsResponse]
+    StartEpoch: _grpc.UnaryUnaryMultiCallable[_attest_pb2.StartEpochRequest, _attest_pb2.StartEpochResponse]
+    """Begin a new CA epoch: announced at once, issuing after a while, beside the present one until that has run out."""
+    RetireEpoch: _grpc.UnaryUnaryMultiCallable[_attest_pb2.RetireEpochRequest, _attest_pb2.RetireEpochResponse]
+    """End an epoch now: nothing that was issued under it is trusted by who learns of it."""
+    ListWorkloads: _grpc.UnaryUnaryMultiCallable[_attest_pb2.ListWorkloadsRequest, _attest_pb2.ListWorkloadsResponse]
+    CloseWorkload: _grpc.UnaryUnaryMultiCallable[_attest_pb2.CloseWorkloadRequest, _attest_pb2.CloseWorkloadResponse]
+    """Let no more ranks of a job, or a backend, enrol."""
+
+@_typing.type_check_only
+class OperatorServiceAsyncStub(OperatorServiceStub):
+    """The workload CA and what it may issue to. For operators."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    ListEpochs: _aio.UnaryUnaryMultiCallable[_attest_pb2.ListEpochsRequest, _attest_pb2.ListEpochsResponse]  # type: ignore[assignment]
+    StartEpoch: _aio.UnaryUnaryMultiCallable[_attest_pb2.StartEpochRequest, _attest_pb2.StartEpochResponse]  # type: ignore[assignment]
+    """Begin a new CA epoch: announced at once, issuing after a while, beside the present one until that has run out."""
+    RetireEpoch: _aio.UnaryUnaryMultiCallable[_attest_pb2.RetireEpochRequest, _attest_pb2.RetireEpochResponse]  # type: ignore[assignment]
+    """End an epoch now: nothing that was issued under it is trusted by who learns of it."""
+    ListWorkloads: _aio.UnaryUnaryMultiCallable[_attest_pb2.ListWorkloadsRequest, _attest_pb2.ListWorkloadsResponse]  # type: ignore[assignment]
+    CloseWorkload: _aio.UnaryUnaryMultiCallable[_attest_pb2.CloseWorkloadRequest, _attest_pb2.CloseWorkloadResponse]  # type: ignore[assignment]
+    """Let no more ranks of a job, or a backend, enrol."""
+
+class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
+    """The workload CA and what it may issue to. For operators."""
+
+    @_abc_1.abstractmethod
+    def ListEpochs(
+        self,
+        request: _attest_pb2.ListEpochsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.ListEpochsResponse, _abc.Awaitable[_attest_pb2.ListEpochsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def StartEpoch(
+        self,
+        request: _attest_pb2.StartEpochRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.StartEpochResponse, _abc.Awaitable[_attest_pb2.StartEpochResponse]]:
+        """Begin a new CA epoch: announced at once, issuing after a while, beside the present one until that has run out."""
+
+    @_abc_1.abstractmethod
+    def RetireEpoch(
+        self,
+        request: _attest_pb2.RetireEpochRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.RetireEpochResponse, _abc.Awaitable[_attest_pb2.RetireEpochResponse]]:
+        """End an epoch now: nothing that was issued under it is trusted by who learns of it."""
+
+    @_abc_1.abstractmethod
+    def ListWorkloads(
+        self,
+        request: _attest_pb2.ListWorkloadsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.ListWorkloadsResponse, _abc.Awaitable[_attest_pb2.ListWorkloadsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def CloseWorkload(
+        self,
+        request: _attest_pb2.CloseWorkloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attest_pb2.CloseWorkloadResponse, _abc.Awaitable[_attest_pb2.CloseWorkloadResponse]]:
+        """Let no more ranks of a job, or a backend, enrol."""
+
+def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%cloister/api/common/v1/evidence.proto\x12\x16\x63loister.api.common.v1\"\xcf\x01\n\x08\x45vidence\x12\r\n\x05quote\x18\x01 \x01(\x0c\x12\x11\n\tevent_log\x18\x02 \x01(\x0c\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x14\n\x0ctrust_domain\x18\x04 \x01(\t\x12\x10\n\x08\x61udience\x18\x05 \x01(\t\x12\r\n\x05nonce\x18\x06 \x01(\x0c\x12\x14\n\x0ctls_spki_der\x18\x07 \x01(\x0c\x12\x13\n\x0bhpke_kem_id\x18\x08 \x01(\r\x12\x17\n\x0fhpke_public_key\x18\t \x01(\x0c\x12\x18\n\x10receipt_spki_der\x18\n \x01(\x0c\"5\n\x12GetEvidenceRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x10\n\x08\x61udience\x18\x02 \x01(\t\"I\n\x13GetEvidenceResponse\x12\x32\n\x08\x65vidence\x18\x01 \x01(\x0b\x32 .cloister.api.common.v1.Evidence2y\n\x0f\x45videnceService\x12\x66\n\x0bGetEvidence\x12*.cloister.api.common.v1.GetEvidenceRequest\x1a+.cloister.api.common.v1.GetEvidenceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%cloister/api/common/v1/evidence.proto\x12\x16\x63loister.api.common.v1\"\xe5\x01\n\x08\x45vidence\x12\r\n\x05quote\x18\x01 \x01(\x0c\x12\x11\n\tevent_log\x18\x02 \x01(\x0c\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x14\n\x0ctrust_domain\x18\x04 \x01(\t\x12\x10\n\x08\x61udience\x18\x05 \x01(\t\x12\r\n\x05nonce\x18\x06 \x01(\x0c\x12\x14\n\x0ctls_spki_der\x18\x07 \x01(\x0c\x12\x13\n\x0bhpke_kem_id\x18\x08 \x01(\r\x12\x17\n\x0fhpke_public_key\x18\t \x01(\x0c\x12\x18\n\x10receipt_spki_der\x18\n \x01(\x0c\x12\x14\n\x0ctrust_bundle\x18\x0b \x01(\x0c\"5\n\x12GetEvidenceRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x10\n\x08\x61udience\x18\x02 \x01(\t\"I\n\x13GetEvidenceResponse\x12\x32\n\x08\x65vidence\x18\x01 \x01(\x0b\x32 .cloister.api.common.v1.Evidence2y\n\x0f\x45videnceService\x12\x66\n\x0bGetEvidence\x12*.cloister.api.common.v1.GetEvidenceRequest\x1a+.cloister.api.common.v1.GetEvidenceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,11 +32,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cloister.api.common.v1.evid
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EVIDENCE']._serialized_start=66
-  _globals['_EVIDENCE']._serialized_end=273
-  _globals['_GETEVIDENCEREQUEST']._serialized_start=275
-  _globals['_GETEVIDENCEREQUEST']._serialized_end=328
-  _globals['_GETEVIDENCERESPONSE']._serialized_start=330
-  _globals['_GETEVIDENCERESPONSE']._serialized_end=403
-  _globals['_EVIDENCESERVICE']._serialized_start=405
-  _globals['_EVIDENCESERVICE']._serialized_end=526
+  _globals['_EVIDENCE']._serialized_end=295
+  _globals['_GETEVIDENCEREQUEST']._serialized_start=297
+  _globals['_GETEVIDENCEREQUEST']._serialized_end=350
+  _globals['_GETEVIDENCERESPONSE']._serialized_start=352
+  _globals['_GETEVIDENCERESPONSE']._serialized_end=425
+  _globals['_EVIDENCESERVICE']._serialized_start=427
+  _globals['_EVIDENCESERVICE']._serialized_end=548
 # @@protoc_insertion_point(module_scope)

@@ -37,6 +37,7 @@ class Evidence(_message.Message):
     HPKE_KEM_ID_FIELD_NUMBER: _builtins.int
     HPKE_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
     RECEIPT_SPKI_DER_FIELD_NUMBER: _builtins.int
+    TRUST_BUNDLE_FIELD_NUMBER: _builtins.int
     quote: _builtins.bytes
     """TDX quote, version 4 wire format, at most 64 KiB."""
     event_log: _builtins.bytes
@@ -57,6 +58,10 @@ class Evidence(_message.Message):
     """Public key in the KEM's own encoding."""
     receipt_spki_der: _builtins.bytes
     """SubjectPublicKeyInfo (DER) of the Ed25519 receipt key; empty when the role signs no receipts."""
+    trust_bundle: _builtins.bytes
+    """SHA-384 of the trust bundle that the TD holds now, when that is another than the one it measured at its start; 48
+    bytes or empty. Part of report_data when it is there.
+    """
     def __init__(
         self,
         *,
@@ -70,10 +75,11 @@ class Evidence(_message.Message):
         hpke_kem_id: _builtins.int = ...,
         hpke_public_key: _builtins.bytes = ...,
         receipt_spki_der: _builtins.bytes = ...,
+        trust_bundle: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "event_log", b"event_log", "hpke_kem_id", b"hpke_kem_id", "hpke_public_key", b"hpke_public_key", "nonce", b"nonce", "quote", b"quote", "receipt_spki_der", b"receipt_spki_der", "role", b"role", "tls_spki_der", b"tls_spki_der", "trust_domain", b"trust_domain"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "event_log", b"event_log", "hpke_kem_id", b"hpke_kem_id", "hpke_public_key", b"hpke_public_key", "nonce", b"nonce", "quote", b"quote", "receipt_spki_der", b"receipt_spki_der", "role", b"role", "tls_spki_der", b"tls_spki_der", "trust_bundle", b"trust_bundle", "trust_domain", b"trust_domain"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -570,6 +570,7 @@ class OpenDataKeyRequest(_message.Message):
     HPKE_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
     MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
     AUTHORIZATION_FIELD_NUMBER: _builtins.int
+    RESUME_SEALING_FIELD_NUMBER: _builtins.int
     key_uri: _builtins.str
     key_version: _builtins.int
     wrapped: _builtins.bytes
@@ -580,6 +581,10 @@ class OpenDataKeyRequest(_message.Message):
     """SHA-384 of the manifest that the caller is about to open, 48 bytes; empty for a single file."""
     authorization: _builtins.bytes
     """DSSE envelope (JSON) over this request, signed by the key's signer."""
+    resume_sealing: _builtins.bool
+    """The data key is one that the owner was given to seal with, at most seven days ago, and of which nothing was
+    published yet: sealing was interrupted and goes on. Needs no purpose EXPORT.
+    """
     def __init__(
         self,
         *,
@@ -591,10 +596,11 @@ class OpenDataKeyRequest(_message.Message):
         hpke_public_key: _builtins.bytes = ...,
         manifest_digest: _builtins.bytes = ...,
         authorization: _builtins.bytes = ...,
+        resume_sealing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorization", b"authorization", "client_nonce", b"client_nonce", "hpke_kem_id", b"hpke_kem_id", "hpke_public_key", b"hpke_public_key", "key_uri", b"key_uri", "key_version", b"key_version", "manifest_digest", b"manifest_digest", "wrapped", b"wrapped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorization", b"authorization", "client_nonce", b"client_nonce", "hpke_kem_id", b"hpke_kem_id", "hpke_public_key", b"hpke_public_key", "key_uri", b"key_uri", "key_version", b"key_version", "manifest_digest", b"manifest_digest", "resume_sealing", b"resume_sealing", "wrapped", b"wrapped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1265,6 +1271,52 @@ class PublishManifestResponse(_message.Message):
 Global___PublishManifestResponse: _TypeAlias = PublishManifestResponse  # noqa: Y015
 
 @_typing.final
+class GetPublishedManifestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_URI_FIELD_NUMBER: _builtins.int
+    DATASET_ID_FIELD_NUMBER: _builtins.int
+    key_uri: _builtins.str
+    dataset_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        key_uri: _builtins.str = ...,
+        dataset_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_id", b"dataset_id", "key_uri", b"key_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPublishedManifestRequest: _TypeAlias = GetPublishedManifestRequest  # noqa: Y015
+
+@_typing.final
+class GetPublishedManifestResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The newest version, 0 when none was published."""
+    manifest_digest: _builtins.bytes
+    """SHA-384 of its manifest, 48 bytes."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        manifest_digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest_digest", b"manifest_digest", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPublishedManifestResponse: _TypeAlias = GetPublishedManifestResponse  # noqa: Y015
+
+@_typing.final
 class ExplainPolicyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1272,6 +1324,7 @@ class ExplainPolicyRequest(_message.Message):
     KEY_URI_FIELD_NUMBER: _builtins.int
     ATTESTATION_RESULT_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    PURPOSE_FIELD_NUMBER: _builtins.int
     policy_yaml: _builtins.bytes
     """Release policy (YAML); empty means the one in force for key_uri."""
     key_uri: _builtins.str
@@ -1279,6 +1332,8 @@ class ExplainPolicyRequest(_message.Message):
     """An attestation result (EAR, JWT); its age is not held against it."""
     index: _builtins.int
     """Index of a logged request."""
+    purpose: Global___Purpose.ValueType
+    """What the bearer of the attestation result would ask for; unspecified: the first that policy and role allow."""
     def __init__(
         self,
         *,
@@ -1286,10 +1341,11 @@ class ExplainPolicyRequest(_message.Message):
         key_uri: _builtins.str = ...,
         attestation_result: _builtins.str = ...,
         index: _builtins.int = ...,
+        purpose: Global___Purpose.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attestation_result", b"attestation_result", "index", b"index", "subject", b"subject"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestation_result", b"attestation_result", "index", b"index", "key_uri", b"key_uri", "policy_yaml", b"policy_yaml", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestation_result", b"attestation_result", "index", b"index", "key_uri", b"key_uri", "policy_yaml", b"policy_yaml", "purpose", b"purpose", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["attestation_result", "index"]  # noqa: Y015
     _WhichOneofArgType_subject: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
@@ -1332,7 +1388,7 @@ class ReplayPolicyRequest(_message.Message):
     since_s: _builtins.int
     """Requests of the last so many seconds; 0 means all."""
     limit: _builtins.int
-    """At most so many requests, newest first; 0 means 1,000."""
+    """At most so many requests, newest first; 0 means 1,000, at most 10,000."""
     def __init__(
         self,
         *,

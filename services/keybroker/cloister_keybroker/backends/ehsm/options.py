@@ -77,13 +77,14 @@ class EhsmOptions:
             appid=appid,
             api_key=api_key,
             ca_file=uri.file("ca") if "ca" in options else None,
-            pins=_pins(uri) if "pin" in options else frozenset(),
+            pins=read_pins(uri) if "pin" in options else frozenset(),
             server_name=server_name,
             enclave_policy=uri.file("enclave-policy") if "enclave-policy" in options else None,
         )
 
 
-def _pins(uri: BackendUri) -> frozenset[bytes]:
+def read_pins(uri: BackendUri) -> frozenset[bytes]:
+    """Return the pins of a URI; raise CONFIG_INVALID."""
     found = [_PIN.fullmatch(pin) for pin in uri.required("pin").split(",")]
     if not 1 <= len(found) <= _MAX_PINS or None in found:
         raise invalid(str(uri), f"a pin is sha256: and 64 hexadecimal digits; up to {_MAX_PINS}, separated by commas")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -35,6 +35,7 @@ from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient
 from cloister_keybroker.approvaldesk import ApprovalDesk
 from cloister_keybroker.approvalservice import mounted_approvals
+from cloister_keybroker.backends import KeyBackend
 from cloister_keybroker.backends.embedded import EmbeddedBackend
 from cloister_keybroker.datakeys import DataKeyDesk, WrappedKey
 from cloister_keybroker.desk import Office, Owner
@@ -47,7 +48,7 @@ from cloister_keybroker.owners import NewKey, OwnerDesk
 from cloister_keybroker.ownerservice import Desks
 from cloister_keybroker.policydesk import PolicyDesk
 from cloister_keybroker.policyservice import mounted_policies
-from cloister_keybroker.rootkey import create_root_key, read_root_key
+from cloister_keybroker.rootkey import RootKey, create_root_key, read_root_key
 from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.service import CALLERS, mounted
 from cloister_keybroker.store import KeyStore
@@ -211,7 +212,14 @@ class Broker:
     log_key: LogKey
 
     @classmethod
-    async def open(cls, store_path: Path, root_key_path: Path, ca: TestCa, clock: Clock | None = None) -> Broker:
+    async def open(
+        cls,
+        store_path: Path,
+        root_key_path: Path,
+        ca: TestCa,
+        clock: Clock | None = None,
+        backend_of: Callable[[RootKey], KeyBackend] = EmbeddedBackend,
+    ) -> Broker:
         clock = clock or Clock()
         if not root_key_path.exists():
             create_root_key(root_key_path)
@@ -219,7 +227,7 @@ class Broker:
         if not store_path.exists():
             (await KeyStore.create(store_path, root_key, SealRecord())).close()
         store = await KeyStore.open(store_path, root_key)
-        backend, receipt_key = EmbeddedBackend(root_key), Ed25519PrivateKey.generate()
+        backend, receipt_key = backend_of(root_key), Ed25519PrivateKey.generate()
         broker_id, nonces = SpiffeId.service(TRUST_DOMAIN, Role.KEYBROKER), NonceBook()
         log_key = await store.begin_life(receipt_key, broker_id, time_ms=int(clock().timestamp() * 1000))
         signer = ReceiptSigner(receipt_key, log_id=log_key.log_id)
@@ -287,7 +295,7 @@ class Broker:
         who: SpiffeId = OWNER,
         key: Ed25519PrivateKey = OWNER_KEY,
         manifest_digest: bytes = b"",
-        **signed: Any,
+        signed: dict[str, Any] | None = None,
     ) -> SecretBytes:
         """Open a data key as an owner does; `signed` replaces what the authorization says."""
         pair = HpkeKeyPair.generate()
@@ -305,7 +313,7 @@ class Broker:
             WrappedKey(uri, version, wrapped),
             to,
             manifest_digest=manifest_digest,
-            authorization=dataclasses.replace(request, **signed).signed(key),
+            authorization=dataclasses.replace(request, **(signed or {})).signed(key),
         )
         return opened(pair, answer)
 
@@ -358,9 +366,11 @@ def opened(pair: HpkeKeyPair, answer: DataKeyAnswer, terms: LeaseTerms = NO_LEAS
 
 
 @asynccontextmanager
-async def a_broker(directory: Path, clock: Clock | None = None) -> AsyncIterator[Broker]:
+async def a_broker(
+    directory: Path, clock: Clock | None = None, backend_of: Callable[[RootKey], KeyBackend] = EmbeddedBackend
+) -> AsyncIterator[Broker]:
     """Give a broker over a store in `directory`; opening it again continues."""
-    broker = await Broker.open(directory / "store.sqlite", directory / "root.key", TestCa(), clock)
+    broker = await Broker.open(directory / "store.sqlite", directory / "root.key", TestCa(), clock, backend_of)
     try:
         yield broker
     finally:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sealing and opening against AES-GCM itself, Tink and Fernet, side by side in one run; what counts is the ratio.
+"""Sealing and opening against AES-GCM itself, Tink, age and Fernet, side by side in one run; what counts is the ratio.
 
-    python benchmarks/bench_sealed.py [--size-mib 256] [--rounds 5]
+    python benchmarks/bench_sealed.py [--size-mib 1024] [--rounds 5]
 
 Every candidate gets the same bytes, in memory, on one thread. Rounds interleave the candidates, so that a busy machine
-slows all of them; the figure of each is its best round. Needs `tink`; everything else is Cloister's own.
+slows all of them; the figure of each is its best round. "AES-256-GCM" is the cipher alone, from buffer to buffer;
+"... to a file" is the cipher and the one copy that any program makes which reads or writes files. Then the same file
+with one thread and with two, random reads, and a directory of 100,000 files. Needs `tink` and `pyrage`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import resource
 import secrets
 import statistics
 import sys
@@ -20,12 +23,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyrage
 from cryptography.fernet import Fernet
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from cloister.sealed.directory import SealedDirectory
 from cloister.sealed.format import DATA_SEGMENT_SIZE, MODEL_SEGMENT_SIZE, AssociatedData
+from cloister.sealed.manifest import MANIFEST_NAME, FileEntry, Manifest
+from cloister.sealed.segments import Layout
 from cloister.sealed.stream import SealedReader, SealedWriter
 from fakes.sealed_material import KeepOpen, data_key, tink_primitive
 
@@ -150,6 +157,9 @@ def throughput(plain: bytes, segment: int, rounds: int) -> None:
     runs = candidates(plain, segment)
     fernet, small = Fernet(Fernet.generate_key()), plain[: max(1, size // 16)]
     tokens: list[bytes] = []
+    identity = pyrage.x25519.Identity.generate()
+    boxes: list[bytes] = []
+    recipient = [identity.to_public()]
     best: dict[tuple[str, str], float] = {}
 
     def note(name: str, what: str, seconds: float, done: int) -> None:
@@ -159,14 +169,70 @@ def throughput(plain: bytes, segment: int, rounds: int) -> None:
         for name, (seal, open_) in runs.items():
             note(name, "seal", timed(seal), size)
             note(name, "open", timed(open_), size)
-        # Fernet is one call over everything, and slow: a sixteenth of the bytes is enough to time.
+        # Fernet and age are one call over everything, and slow: a sixteenth of the bytes is enough to time.
         note("Fernet", "seal", timed(lambda: tokens.append(fernet.encrypt(small))), len(small))
         note("Fernet", "open", timed(lambda: fernet.decrypt(tokens.pop())), len(small))
+        note("age", "seal", timed(lambda: boxes.append(pyrage.encrypt(small, recipient))), len(small))
+        note("age", "open", timed(lambda: pyrage.decrypt(boxes.pop(), [identity])), len(small))
     print(f"\n{size >> 20} MiB, segments of {segment >> 10} KiB, one thread, best of {rounds}")
     print(f"{'':14}{'seal GB/s':>10}{'ours is':>10}{'open GB/s':>11}{'ours is':>10}")
-    for name in [*runs, "Fernet"]:
+    for name in [*runs, "age", "Fernet"]:
         cells = [(best[name, what], best["cloister", what] / best[name, what]) for what in ("seal", "open")]
         print(f"{name:14}" + "".join(f"{speed:{10 + i}.3f}{ratio:9.2f}x" for i, (speed, ratio) in enumerate(cells)))
+
+
+def threads(plain: bytes, directory: Path, rounds: int) -> None:
+    """Print what a second thread brings, from and to a file that is in the page cache."""
+    path, buffer = directory / "threads", bytearray(len(plain))
+    best: dict[tuple[str, int], float] = {}
+    for segment in (DATA_SEGMENT_SIZE, MODEL_SEGMENT_SIZE):
+        best.clear()
+        for _ in range(rounds):
+            for workers in (1, 2):
+                writer = SealedWriter(
+                    path, data_key=data_key(), associated=ABOUT, segment_size=segment, workers=workers
+                )
+                start = time.perf_counter()
+                writer.write(plain)
+                best["seal", workers] = max(best.get(("seal", workers), 0), len(plain) / (time.perf_counter() - start))
+                writer.close()
+                with SealedReader(path, data_key=data_key(), workers=workers) as reader:
+                    start = time.perf_counter()
+                    reader.readinto(buffer)
+                    speed = len(plain) / (time.perf_counter() - start)
+                best["open", workers] = max(best.get(("open", workers), 0), speed)
+        for what in ("seal", "open"):
+            one, two = best[what, 1] / 1e9, best[what, 2] / 1e9
+            print(f"{segment >> 10:5} KiB {what}: one thread {one:.2f} GB/s, two {two:.2f} GB/s, {two / one:.2f}x")
+
+
+def many_files(directory: Path, count: int) -> None:
+    """Print how long it takes to open a directory of many files, and the memory it takes."""
+    entries = []
+    for number in range(count):
+        folder = directory / f"{number // 1000:03}"
+        folder.mkdir(exist_ok=True)
+        name = f"{folder.name}/{number:06}.jsonl"
+        (directory / f"{name}.sealed").touch()
+        length = Layout(DATA_SEGMENT_SIZE).stream_length(100)
+        header = "28" + secrets.token_hex(39)
+        entries.append(FileEntry(name, 100, length, DATA_SEGMENT_SIZE, 1, secrets.token_hex(16), header))
+    manifest = Manifest("bench", 1, b"", data_key().key_uri, tuple(entries)).signed(data_key().secret)
+    (directory / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+    del entries, manifest
+    child = os.fork()
+    if child == 0:  # a process of its own, so that its memory is its own
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
+        SealedDirectory.open(directory, data_key=data_key())
+        took = time.perf_counter() - start
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        print(
+            f"\n{count:,} files: manifest and listing checked in {took:.2f} s, {grown:.0f} MB more than before",
+            flush=True,
+        )
+        os._exit(0)
+    os.waitpid(child, 0)
 
 
 def random_reads(plain: bytes, directory: Path, rounds: int) -> None:
@@ -199,14 +265,18 @@ def random_reads(plain: bytes, directory: Path, rounds: int) -> None:
 def main() -> None:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--size-mib", type=int, default=256)
+    parser.add_argument("--size-mib", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     plain = os.urandom(arguments.size_mib << 20)
     for segment in (DATA_SEGMENT_SIZE, MODEL_SEGMENT_SIZE):
         throughput(plain, segment, arguments.rounds)
     with tempfile.TemporaryDirectory() as directory:
+        print(f"\n{arguments.size_mib} MiB from and to a file, best of {arguments.rounds}")
+        threads(plain, Path(directory), arguments.rounds)
         random_reads(plain, Path(directory), arguments.rounds)
+    with tempfile.TemporaryDirectory() as directory:
+        many_files(Path(directory), 100_000)
 
 
 if __name__ == "__main__":

@@ -186,6 +186,8 @@ class Code(enum.Enum):
         1403, Kind.UNAUTHENTIC, "a sealed directory does not hold what its manifest says"
     )
     NOT_SEALED = CodeInfo(1404, Kind.USAGE, "this is not a sealed file or directory")
+    PLAINTEXT_REFUSED = CodeInfo(1407, Kind.DENIED, "plaintext would have left a trust domain")
+    KEYRING_MISSING = CodeInfo(1406, Kind.USAGE, "sealed data was opened where no key can be found by itself")
     # 1500: training
     JOB_NOT_FOUND = CodeInfo(1501, Kind.NOT_FOUND, "no such job of yours")
     JOB_SPEC_INVALID = CodeInfo(1502, Kind.USAGE, "the job cannot be run as it is described")
@@ -195,6 +197,7 @@ class Code(enum.Enum):
     RANK_FAILED = CodeInfo(1506, Kind.INTERNAL, "a rank ended with an error")
     CHECKPOINT_FAILED = CodeInfo(1507, Kind.EXHAUSTED, "a checkpoint could not be written; the previous one is whole")
     PEER_LOST = CodeInfo(1508, Kind.UNAVAILABLE, "another rank of the job went away in the middle of a step")
+    CHECKPOINT_ROLLED_BACK = CodeInfo(1510, Kind.UNAUTHENTIC, "storage holds older checkpoints than were written")
     # 1600: serving
     MODEL_NOT_FOUND = CodeInfo(1601, Kind.NOT_FOUND, "no such model of yours")
     MODEL_EXISTS = CodeInfo(1602, Kind.EXISTS, "a model of this name is deployed")
@@ -232,6 +235,10 @@ class CloisterError(Exception):
     def kind(self) -> Kind:
         return self.code.kind
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Let it travel between processes, as torch's collectives and multiprocessing send errors."""
+        return _again, (self.code.text, self.what, self.why, self.todo, self.block)
+
     def __str__(self) -> str:
         parts = [f"{self.code.text}: {self.what}"]
         parts += [part for part in (self.why, self.todo) if part]
@@ -244,3 +251,8 @@ def code_from_text(text: str) -> Code | None:
         if code.text == text:
             return code
     return None
+
+
+def _again(code: str, what: str, why: str, todo: str, block: str) -> CloisterError:
+    """Make an error again that came from another process; an unknown code is one of a newer release."""
+    return CloisterError(code_from_text(code) or Code.INTERNAL, what=what, why=why, todo=todo, block=block)

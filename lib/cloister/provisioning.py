@@ -93,6 +93,7 @@ class OpenRequest:
     wrapped_digest: bytes  # of the wrapped data key
     client_nonce: bytes  # 32 bytes
     recipient_digest: bytes  # of the HPKE public key: whoever repeats this request gets nothing that opens
+    purpose: str = "export"  # or "seal": to go on with sealing that was interrupted
 
     def signed(self, key: Ed25519PrivateKey) -> bytes:
         """Return the request in an envelope (JSON) signed by `key`, which has to be the one that `signer` names."""
@@ -106,6 +107,7 @@ class OpenRequest:
                 "wrapped_digest": self.wrapped_digest.hex(),
                 "client_nonce": self.client_nonce.hex(),
                 "recipient_digest": self.recipient_digest.hex(),
+                "purpose": self.purpose,
             },
         )
 
@@ -126,6 +128,7 @@ class OpenRequest:
             wrapped_digest=members.octets("wrapped_digest", sizes=_DIGEST),
             client_nonce=members.octets("client_nonce", sizes=(NONCE_SIZE,)),
             recipient_digest=members.octets("recipient_digest", sizes=_DIGEST),
+            purpose=members.text("purpose"),
         )
 
 

@@ -165,6 +165,7 @@ class Stack:
 
 def tiny_model() -> dict[str, bytes]:
     """The files of an untrained classifier of two labels."""
+    import safetensors.torch
     from transformers import BertConfig
 
     from cloister.train import classifier
@@ -180,7 +181,11 @@ def tiny_model() -> dict[str, bytes]:
     )
     encoder = classifier.TextEncoder(vocabulary, classifier.Preprocessing(max_length=32))
     model = classifier.TextClassifier(classifier.new_encoder(config, attention="sdpa"), 2)
-    return classifier.classifier_files(model, encoder, ["negative", "positive"])
+    made = classifier.classifier_files(model, encoder, ["negative", "positive"])
+    return {
+        name: content if isinstance(content, bytes) else safetensors.torch.save(dict(content))
+        for name, content in made.items()
+    }
 
 
 @contextlib.asynccontextmanager

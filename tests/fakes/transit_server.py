@@ -11,6 +11,7 @@ import base64
 import binascii
 import json
 import os
+import ssl
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class TransitServer:
         self.token_file = self.directory / "token"
         self.write_token(self.token)
         self._runner: web.AppRunner | None = None
+        self._context: ssl.SSLContext | None = None
         self.ca_file = Path()
         self.port = 0
 
@@ -71,14 +73,19 @@ class TransitServer:
         return f"transit:{address}?ca={self.ca_file}&token={self.token_file}"
 
     async def __aenter__(self) -> Self:
-        context, self.ca_file = server_context(self.directory)
+        await self.start()
+        return self
+
+    async def start(self) -> None:
+        """Listen, at the port of before if there was one, with the certificate of before."""
+        if self._context is None:
+            self._context, self.ca_file = server_context(self.directory)
         application = web.Application()
         application.router.add_route("*", "/{path:.*}", self._answer)
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=context).start()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self._context).start()
         self.port = self._runner.addresses[0][1]
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()

@@ -135,6 +135,8 @@ async def test_a_server_that_went_away_is_used_again_when_it_is_back(backend: Ba
     handle = await backend.create(REF)
     await server.stop()
     await refused(Code.CUSTODIAN_UNAVAILABLE, backend.generate(REF, handle))
+    await server.start()
+    await backend.generate(REF, handle)
 
 
 async def test_a_connection_that_breaks_is_tried_once_more(backend: Backends, server: TransitServer) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,3 +112,12 @@ def test_an_unknown_code_is_none_and_an_error_prints_three_lines() -> None:
     assert code_from_text("CLO-0") is None
     error = CloisterError(Code.DISK_FULL, what="what", why="why", todo="todo")
     assert str(error).splitlines() == ["CLO-1005: what", "why", "todo"]
+
+
+def test_an_error_travels_between_processes_as_it_is() -> None:
+    error = CloisterError(Code.DISK_FULL, what="w", why="y", todo="t", block="b")
+    again = copy.copy(error)
+    assert (again.code, again.what, again.why, again.todo, again.block) == (Code.DISK_FULL, "w", "y", "t", "b")
+    rebuild, (_, *rest) = error.__reduce__()
+    assert callable(rebuild)
+    assert rebuild("CLO-99999", *rest).code is Code.INTERNAL  # of a newer release

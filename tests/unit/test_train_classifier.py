@@ -42,7 +42,11 @@ def tiny(*, dropout: float = 0.5, **preprocessing: object) -> tuple[TextClassifi
 
 def files() -> dict[str, bytes]:
     model, encoder = tiny()
-    return classifier_files(model, encoder, ["negative", "positive"])
+    made = classifier_files(model, encoder, ["negative", "positive"])
+    return {
+        name: content if isinstance(content, bytes) else safetensors.torch.save(dict(content))
+        for name, content in made.items()
+    }
 
 
 def refused(model_files: dict[str, bytes]) -> CloisterError:

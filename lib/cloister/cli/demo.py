@@ -191,7 +191,7 @@ async def _story(run: Run) -> None:
 async def _keys_and_sealing(run: Run, session: Session, scratch: Path, *, data_uri: str, model_uri: str) -> None:
     from cloister.cli.demodata import prepare, require_only_ciphertext
     from cloister.cli.keys import create_key
-    from cloister.cli.sealing import seal_directory
+    from cloister.cli.sealedfiles import seal_directory
     from cloister.cli.state import SERVICES
     from cloister.cli.trust import verify_services
     from cloister.guest.operator import OperatorClient
@@ -216,7 +216,7 @@ async def _keys_and_sealing(run: Run, session: Session, scratch: Path, *, data_u
     run.say(f"they live behind {home.name}" + (f" ({', '.join(home.capabilities)})" if home.capabilities else ""))
     with run.timed("sealing"):
         sealed = await seal_directory(
-            session, data.directory, scratch / "sealed", key_uri=data_uri, dataset=MODEL, output=run.output
+            session, [data.directory], scratch / "sealed", key_uri=data_uri, dataset=MODEL, output=run.output
         )
     run.say(f"sealed {sealed['files']} files, {sealed['bytes'] / 1e6:.2f} MB, in {run.steps[-1][1]:.2f} s")
     texts = data.texts()

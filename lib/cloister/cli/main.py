@@ -23,6 +23,7 @@ from cloister.cli import (
     dev,
     doctor,
     identity,
+    imports,
     keys,
     measure,
     model,
@@ -30,6 +31,7 @@ from cloister.cli import (
     predict,
     quote,
     references,
+    sealed,
     sealing,
     train,
 )
@@ -55,6 +57,8 @@ def build_app() -> typer.Typer:
     app.add_typer(broker.app, name="broker")
     app.add_typer(policy.command_group(), name="policy")
     sealing.register(app)
+    app.add_typer(sealed.app, name="sealed")
+    app.add_typer(imports.app, name="import")
     measure.register(app)
     app.add_typer(train.app, name="train")
     app.add_typer(model.app, name="model")

@@ -108,9 +108,17 @@ class Output:
         if not self.err.is_terminal:
             yield lambda _done: None
             return
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        text, bar_column, rate = TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn()
+        columns = (text, bar_column, DownloadColumn(), rate, TimeRemainingColumn())
         with Progress(*columns, console=self.err, transient=True) as bar:
             task = bar.add_task(description, total=total)
             yield lambda done: bar.update(task, completed=done)

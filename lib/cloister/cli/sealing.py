@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cloister seal` and `cloister open`: directories to ciphertext and back, on the owner's own machine."""
+"""`cloister seal` and `cloister open`: directories, files, tables and pipes; sealed, and (keys that allow it) back."""
 
 from __future__ import annotations
 
-import asyncio
 import enum
-import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -22,9 +17,8 @@ from cloister.errors import CloisterError, Code
 if TYPE_CHECKING:
     from cloister.cli.session import Session
 
-
-T = TypeVar("T")
-Step = Callable[[int, int, str], None]  # bytes done, bytes in all, file at hand
+_TABLES: Final = frozenset({".csv", ".tsv"})
+PIPE: Final = Path("-")
 
 
 class CheckName(enum.StrEnum):
@@ -40,142 +34,127 @@ def register(app: typer.Typer) -> None:
 
 
 def seal(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory to seal.")],
-    out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="New directory for the sealed files.")],
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SRC...", help="Directories and files, or - for standard input.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="New sealed directory; a file when it ends in .sealed or is -."
+        ),
+    ],
     key: Annotated[str, typer.Option("--key", metavar="URI", help="Key to seal with.")],
     dataset: Annotated[str, typer.Option("--name", help="Name in the manifest; default: the key's last part.")] = "",
     check: Annotated[CheckName | None, typer.Option("--check", help="Refuse broken rows, naming them.")] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", metavar="NAME", help="Seal these columns of a CSV or TSV file; may be repeated."),
+    ] = None,
     state: State = None,
     json: Json = False,
 ) -> None:
-    """Seal a directory: ciphertext and a manifest that binds names, sizes and order. SRC is left as it is."""
+    """Seal data: ciphertext, and a manifest that binds names, sizes and version. SRC is left as it is.
+
+    Sealed again under the same name, data is the next version: jobs that read an older one get no key any more.
+    An interrupted run goes on when the same command is given again.
+    """
+    from cloister.cli import sealedfiles
+
     output = Output(as_json=json)
-    existing_directory(source, what="the source")
+    _check_sources(sources)
+    single = out == PIPE or out.suffix == ".sealed" or bool(columns)
+    if (single or PIPE in sources) and (len(sources) != 1 or sources[0].is_dir()):
+        raise _usage("one file is sealed into a file", "OUT ends in .sealed or is -, SRC is -, or there is --column")
+    if not single and PIPE in sources:
+        raise _usage("standard input is sealed into a file", "name OUT something.sealed, or - for standard output")
     if check is CheckName.LABELLED_TEXT:
-        check_rows(source)
+        for source in sources:
+            check_rows(source)
 
     async def work(session: Session) -> dict[str, Any]:
-        return await seal_directory(session, source, out, key_uri=key, dataset=dataset, output=output)
+        if columns:
+            return await sealedfiles.seal_table(session, sources[0], out, key_uri=key, columns=columns)
+        if single:
+            return await sealedfiles.seal_file(session, sources[0], out, key_uri=key, dataset=dataset, output=output)
+        return await sealedfiles.seal_directory(session, sources, out, key_uri=key, dataset=dataset, output=output)
 
-    output.item(in_session(state, work))
+    _show(output, in_session(state, work), out)
 
 
 def open_(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Sealed directory.")],
-    out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="New directory for the plaintext.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Sealed directory, file or table, or - for stdin.")],
+    out: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="New directory or file for the plaintext, or -.")
+    ],
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", metavar="NAME", help="Open only these columns of a table.")
+    ] = None,
+    signers: Annotated[
+        list[str] | None,
+        typer.Option("--signer", metavar="DID", help="Accept only directories that this did:key signed."),
+    ] = None,
     state: State = None,
     json: Json = False,
 ) -> None:
-    """Open a sealed directory on this machine. Its key must have the purpose `export`."""
+    """Open what was sealed, on this machine. Its key must have the purpose `export`."""
+    from cloister.cli import sealedfiles
+
     output = Output(as_json=json)
-    existing_directory(source, what="the sealed directory")
-    refuse_existing(out)
+    if source != PIPE and source.is_dir():
 
-    async def work(session: Session) -> dict[str, Any]:
-        from cloister.cli.trust import owner_keys
-        from cloister.sealed.directory import SealedDirectory, open_directory
+        async def work(session: Session) -> dict[str, Any]:
+            return await sealedfiles.open_directory(session, source, out, signers=signers or [], output=output)
 
-        sealed = SealedDirectory.peek(source)
-        client = await owner_keys(session)
-        data_key = await client.open_data_key(sealed.key_uri, key_version=sealed.key_version, wrapped=sealed.wrapped)
-        size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-        with output.progress(f"opening {source.name}", size) as advance, whole_or_nothing(out):
-            manifest = await stoppable(
-                lambda step: open_directory(source, out, data_key=data_key, progress=step), advance
-            )
-        return {"directory": str(out.absolute()), "files": len(manifest.files), "bytes": manifest.size}
+    else:
+        if source != PIPE and not source.exists():
+            existing_directory(source, what="the sealed directory")
+        table = bool(columns) or (source != PIPE and source.suffix in _TABLES)
 
-    output.item(in_session(state, work))
+        async def work(session: Session) -> dict[str, Any]:
+            if table:
+                return await sealedfiles.open_table(session, source, out, columns=columns or [])
+            return await sealedfiles.open_file(session, source, out, output=output)
+
+    _show(output, in_session(state, work), out)
 
 
-def check_rows(directory: Path) -> dict[str, int]:
+def check_rows(place: Path) -> dict[str, int]:
     """Check labelled text; raise CloisterError(DATA_INVALID) with file, row and reason. Returns rows by file name."""
     from cloister.data.text import check_labelled_text
 
     rows: dict[str, int] = {}
-    for path in sorted(directory.iterdir()):
+    for path in sorted(place.iterdir()) if place.is_dir() else [place]:
         if path.suffix in {".tsv", ".jsonl"}:
             rows[path.name] = check_labelled_text(path)
     if not rows:
         raise CloisterError(
             Code.DATA_INVALID,
-            what=f"{directory} holds no labelled text",
+            what=f"{place} holds no labelled text",
             why="there is no .tsv or .jsonl file in it",
             todo="put train.tsv, dev.tsv and test.tsv there, each row LABEL<TAB>TEXT",
         )
     return rows
 
 
-async def seal_directory(
-    session: Session, source: Path, out: Path, *, key_uri: str, dataset: str, output: Output
-) -> dict[str, Any]:
-    """Seal a directory with a new data key of the broker; return what was made."""
-    from cloister.cli.trust import owner_keys
-    from cloister.keyuri import KeyUri
-    from cloister.sealed import directory as sealed
-
-    uri = KeyUri.parse(key_uri)
-    refuse_existing(out)
-    data_key = await (await owner_keys(session)).generate_data_key(key_uri)
-    plain_bytes = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-    began = time.monotonic()
-    name = dataset or uri.path.rpartition("/")[2]
-    with output.progress(f"sealing {source.name}", plain_bytes) as advance, whole_or_nothing(out):
-        manifest = await stoppable(
-            lambda step: sealed.seal_directory(source, out, data_key=data_key, dataset=name, progress=step), advance
-        )
-    return {
-        "directory": str(out.absolute()),
-        "dataset": manifest.dataset,
-        "files": len(manifest.files),
-        "bytes": plain_bytes,
-        "manifest_digest": f"sha384:{manifest.digest.hex()}",
-        "key": key_uri,
-        "key_version": data_key.key_version,
-        "seconds": round(time.monotonic() - began, 3),
-    }
+def _show(output: Output, document: dict[str, Any], out: Path) -> None:
+    """Give the result, unless standard output carries the data."""
+    if out == PIPE:
+        sys.stdout.buffer.flush()
+        output.note(f"{document['bytes']} bytes")
+    else:
+        output.item(document)
 
 
-class _Stopped(Exception):
-    """Ends the work of a thread whose command was cancelled."""
+def _check_sources(sources: list[Path]) -> None:
+    for source in sources:
+        if source != PIPE and not source.exists():
+            raise CloisterError(
+                Code.FILE_NOT_FOUND,
+                what=f"there is no {source}",
+                why="it is neither a file nor a directory",
+                todo="check the name; nothing was sealed",
+            )
 
 
-async def stoppable(work: Callable[[Step], T], advance: Callable[[int], None]) -> T:
-    """Run `work` in a thread and pass its progress on; Ctrl-C ends it at its next step, and is raised when it has."""
-    stop = threading.Event()
-
-    def step(done: int, _total: int, _name: str) -> None:
-        if stop.is_set():
-            raise _Stopped
-        advance(done)
-
-    task = asyncio.ensure_future(asyncio.to_thread(work, step))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        stop.set()
-        await asyncio.gather(task, return_exceptions=True)
-        raise
-
-
-@contextmanager
-def whole_or_nothing(out: Path) -> Iterator[None]:
-    """Remove a directory that was not there before when what was to fill it did not end well."""
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if not done:
-            shutil.rmtree(out, ignore_errors=True)
-
-
-def refuse_existing(out: Path) -> None:
-    """Raise CloisterError(FILE_EXISTS) when there is something under this name already."""
-    if out.exists() or out.is_symlink():
-        raise CloisterError(
-            Code.FILE_EXISTS,
-            what=f"{out} is already there",
-            why="nothing is overwritten",
-            todo="choose another name with --output, or remove it yourself",
-        )
+def _usage(what: str, why: str) -> CloisterError:
+    return CloisterError(Code.ARGUMENT_INVALID, what=what, why=why, todo="cloister seal --help has examples")

@@ -108,7 +108,7 @@ async def with_checkpoint(session: Session, request: JobRequest, directory: Path
     A plain one is sealed beside the output, under its key: storage could change it on its way to the ranks, and a
     model that starts from a doctored checkpoint is not the owner's.
     """
-    from cloister.cli.sealing import seal_directory
+    from cloister.cli.sealedfiles import seal_directory
     from cloister.sealed.manifest import MANIFEST_NAME
 
     if CHECKPOINT in request.inputs:
@@ -128,7 +128,13 @@ async def with_checkpoint(session: Session, request: JobRequest, directory: Path
             )
         target = request.output.with_name(f"{request.output.name}-{CHECKPOINT}")
         sealed = await seal_directory(
-            session, directory, target, key_uri=request.output_key, dataset=CHECKPOINT, output=printer
+            session,
+            [directory],
+            target,
+            key_uri=request.output_key,
+            dataset=CHECKPOINT,
+            output=printer,
+            published=False,
         )
         printer.note(f"sealed the checkpoint in {sealed['directory']}")
         directory = target

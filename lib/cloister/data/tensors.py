@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from cloister.errors import CloisterError, Code
 from cloister.sealed.directory import SealedDirectory, SealedDirectoryWriter
 from cloister.sealed.format import MODEL_SEGMENT_SIZE
-from cloister.sealed.stream import SealedReader
+from cloister.sealed.stream import SealedReader, SealedWriter
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +59,16 @@ def save_tensors(
     Tensors that share memory are written each in full. Raises CloisterError: ARGUMENT_INVALID for a tensor that the
     format cannot hold, otherwise as the writer does.
     """
+    with writer.open(name, segment_size=MODEL_SEGMENT_SIZE) as file:
+        write_tensors(file, tensors, metadata=metadata)
+
+
+def write_tensors(
+    file: SealedWriter, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors in the safetensors format, each from its own memory; raise as `save_tensors` does."""
     for key, tensor in tensors.items():
-        if key == _METADATA or _type_name(tensor) not in _NAMES or tensor.layout.__str__() != "torch.strided":
+        if key == _METADATA or _type_name(tensor) not in _NAMES or str(tensor.layout) != "torch.strided":
             raise CloisterError(
                 Code.ARGUMENT_INVALID,
                 what=f"tensor {key!r} cannot be saved",
@@ -80,10 +88,9 @@ def save_tensors(
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with writer.open(name, segment_size=MODEL_SEGMENT_SIZE) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key in order:
-            file.write(_memory(tensors[key].detach().cpu().contiguous()))
+    file.write(len(text).to_bytes(8, "little") + text)
+    for key in order:
+        file.write(_memory(tensors[key].detach().cpu().contiguous()))
 
 
 def load_tensors(
@@ -94,23 +101,30 @@ def load_tensors(
     With `like`, such as a model's state dict, names, types and shapes must be the same. Raises
     CloisterError(DATA_INVALID) for a file that is authentic but not what it should be.
     """
+    with directory.open_file(name) as file:
+        return read_tensors(file, name, like=like)[0]
+
+
+def read_tensors(
+    file: SealedReader, name: str, *, like: Mapping[str, torch.Tensor] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors of an open safetensors file and its metadata; raise as `load_tensors` does."""
     import torch
 
-    with directory.open_file(name) as file:
-        entries = _read_header(file, name)
-        if like is not None:
-            _compare(name, entries, like)
-        loaded = {}
-        for key, (type_name, shape) in entries.items():
-            tensor = torch.empty(shape, dtype=getattr(torch, type_name))
-            if file.readinto(_memory(tensor)) != tensor.numel() * tensor.element_size():
-                raise _broken(name, f"it ends inside of tensor {key!r}")
-            loaded[key] = tensor
-    return loaded
+    entries, metadata = _read_header(file, name)
+    if like is not None:
+        _compare(name, entries, like)
+    loaded = {}
+    for key, (type_name, shape) in entries.items():
+        tensor = torch.empty(shape, dtype=getattr(torch, type_name))
+        if file.readinto(_memory(tensor)) != tensor.numel() * tensor.element_size():
+            raise _broken(name, f"it ends inside of tensor {key!r}")
+        loaded[key] = tensor
+    return loaded, metadata
 
 
-def _read_header(file: SealedReader, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Parse the header; return type and shape by name, in the order in which the tensors' bytes stand."""
+def _read_header(file: SealedReader, name: str) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
+    """Parse the header; return type and shape by name, in the order in which the bytes stand, and the metadata."""
     length = int.from_bytes(file.read(8) or b"", "little")
     if length > min(MAX_HEADER_SIZE, file.size - 8):
         raise _broken(name, f"its header claims {length} bytes")
@@ -118,7 +132,9 @@ def _read_header(file: SealedReader, name: str) -> dict[str, tuple[str, tuple[in
         document = json.loads(file.read(length) or b"")
         if not isinstance(document, dict):
             raise TypeError("the header is not an object")
-        document.pop(_METADATA, None)
+        metadata = document.pop(_METADATA, {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError("the metadata is not an object of texts")
         found = [(*_entry(value), key) for key, value in document.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _broken(name, f"its header does not parse ({type(error).__name__}: {error})") from None
@@ -131,7 +147,7 @@ def _read_header(file: SealedReader, name: str) -> dict[str, tuple[str, tuple[in
         offset = end
     if offset != file.size - 8 - length:
         raise _broken(name, "there are bytes that belong to no tensor")
-    return entries
+    return entries, metadata
 
 
 def _entry(value: Any) -> tuple[int, int, str, tuple[int, ...]]:

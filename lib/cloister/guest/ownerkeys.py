@@ -210,6 +210,16 @@ class OwnerKeyClient:
 
         `manifest_digest` is SHA-384 of the manifest (48 bytes) when the object is of a sealed directory.
         """
+        return await self._open(uri, key_version, wrapped, "export", manifest_digest)
+
+    async def resume_data_key(self, uri: str, *, key_version: int, wrapped: bytes) -> DataKey:
+        """Return a data key that `generate_data_key` gave, to go on with sealing that was interrupted.
+
+        Raises RELEASE_DENIED after seven days, and once a directory under it was published.
+        """
+        return await self._open(uri, key_version, wrapped, "seal", b"")
+
+    async def _open(self, uri: str, key_version: int, wrapped: bytes, purpose: str, manifest_digest: bytes) -> DataKey:
         recipient, nonce = HpkeKeyPair.generate(), secrets.token_bytes(NONCE_SIZE)
         authorization = OpenRequest(
             uri=KeyUri.parse(uri),
@@ -218,6 +228,7 @@ class OwnerKeyClient:
             wrapped_digest=sha384(wrapped),
             client_nonce=nonce,
             recipient_digest=sha384(recipient.public_bytes),
+            purpose=purpose,
         )
         request = keybroker_pb2.OpenDataKeyRequest(
             key_uri=uri,
@@ -228,8 +239,17 @@ class OwnerKeyClient:
             hpke_public_key=recipient.public_bytes,
             manifest_digest=manifest_digest,
             authorization=authorization.signed(self._signing_key),
+            resume_sealing=purpose == "seal",
         )
-        return await self._data_key("OpenDataKey", request, recipient, "export", request)
+        return await self._data_key("OpenDataKey", request, recipient, purpose, request)
+
+    async def published_manifest(self, uri: str, dataset_id: str) -> tuple[int, bytes]:
+        """Return version and manifest digest (48 bytes) of the newest published version; 0 and empty for none."""
+        request = keybroker_pb2.GetPublishedManifestRequest(key_uri=uri, dataset_id=dataset_id)
+        answer: keybroker_pb2.GetPublishedManifestResponse = await self._call(
+            "GetPublishedManifest", request, f"look for published versions of {dataset_id}"
+        )
+        return answer.version, answer.manifest_digest
 
     async def rewrap_data_key(
         self, uri: str, *, key_version: int, wrapped: bytes

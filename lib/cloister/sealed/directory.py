@@ -100,8 +100,13 @@ class SealedDirectory:
                 name, f"it was signed by {manifest.signer or 'nobody'}, not by {' or '.join(signers)}"
             )
         directory = cls(path, manifest=manifest, data_key=data_key)
-        directory._check_listing()
+        cls.check_outside(path, manifest)
         return directory
+
+    @property
+    def data_key(self) -> DataKey:
+        """The key it was opened with."""
+        return self._data_key
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -177,21 +182,23 @@ class SealedDirectory:
             spread(len(small), worker, workers=workers or cores())
             extraction.finish()
 
-    def _check_listing(self) -> None:
-        expected = {entry.path + SUFFIX for entry in self.manifest.files}
+    @staticmethod
+    def check_outside(path: Path, manifest: Manifest) -> None:
+        """Check what needs no key: that the directory holds the listed files, no more and no fewer."""
+        expected = {entry.path + SUFFIX for entry in manifest.files}
         try:
-            for name, regular in walk(self.path):
+            for name, regular in walk(path):
                 if name in expected:
                     if not regular:
-                        raise _mismatch(self.path, f"{name} is not a regular file")
+                        raise _mismatch(path, f"{name} is not a regular file")
                     expected.remove(name)
                 elif name not in _BESIDES and not is_partial(name):
-                    raise _mismatch(self.path, f"{name} was added: the manifest does not list it")
+                    raise _mismatch(path, f"{name} was added: the manifest does not list it")
         except OSError as error:
-            raise file_error(error, what=f"cannot list {self.path}") from error
+            raise file_error(error, what=f"cannot list {path}") from error
         if expected:
             missing = min(expected).removesuffix(SUFFIX)
-            raise _mismatch(self.path, f"{missing} is missing: it was removed or renamed")
+            raise _mismatch(path, f"{missing} is missing: it was removed or renamed")
 
 
 def open_directory(source: Path, out: Path, *, data_key: DataKey, progress: Progress | None = None) -> Manifest:

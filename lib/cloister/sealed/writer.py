@@ -89,6 +89,10 @@ class SealedWriter(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
+    def tell(self) -> int:
+        """Return how many bytes were written."""
+        return self.plaintext_length
+
     def write(self, data: ReadableBuffer, /) -> int:
         """Encrypt all of the bytes; raise CloisterError when the file cannot be written."""
         if self.closed:
@@ -238,6 +242,11 @@ class SealedWriter(io.RawIOBase):
         except CloisterError as error:
             self._failed = error
             raise
+
+    def raise_failure(self) -> None:
+        """Raise what made a write fail, if one did: for callers that met another error because of it."""
+        if self._failed:
+            raise self._failed
 
     def close(self) -> None:
         """Seal the last segment and put the file in place; raise CloisterError when that fails."""

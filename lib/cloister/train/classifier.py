@@ -32,7 +32,9 @@ from transformers.utils import logging as transformers_logging
 from cloister.errors import CloisterError, Code
 
 FORMAT: Final = "cloister-text-classifier-v1"
-MODEL_FILES: Final = ("config.json", "model.safetensors", "vocab.txt", "labels.json", "preprocessing.json")
+WEIGHTS: Final = "model.safetensors"
+MODEL_FILES: Final = ("config.json", WEIGHTS, "vocab.txt", "labels.json", "preprocessing.json")
+Content = bytes | Mapping[str, torch.Tensor]  # of a file; tensors stand for a safetensors file
 PAD, UNKNOWN, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PAD_TO_MULTIPLE: Final = 8  # matrices of such sizes are faster, and few shapes repeat
 
@@ -170,15 +172,15 @@ def load_checkpoint(source: Files, preprocessing: Preprocessing, *, attention: s
     return pretrained_encoder(config, tensors, attention=attention), encoder
 
 
-def classifier_files(model: TextClassifier, encoder: TextEncoder, labels: Sequence[str]) -> dict[str, bytes]:
-    """Return the five files of a model."""
+def classifier_files(model: TextClassifier, encoder: TextEncoder, labels: Sequence[str]) -> dict[str, Content]:
+    """Return the five files of a model, the weights as tensors."""
     config = model.encoder.config
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     return {
         "config.json": config.to_json_string(use_diff=False).encode(),
-        "model.safetensors": safetensors.torch.save(tensors, metadata={"format": "pt"}),
+        WEIGHTS: tensors,
         "vocab.txt": "".join(f"{token}\n" for token in encoder.vocabulary).encode(),
         "labels.json": json.dumps(list(labels), ensure_ascii=False).encode(),
         "preprocessing.json": json.dumps({"format": FORMAT, **asdict(encoder.preprocessing)}).encode(),
@@ -210,19 +212,21 @@ class Predictor:
         return [(self.labels[index], float(value)) for value, index in pairs]
 
 
-def load_classifier(files: Mapping[str, bytes]) -> Predictor:
-    """Build a predictor from the files of a model, in memory.
+def load_classifier(files: Mapping[str, Content]) -> Predictor:
+    """Build a predictor from the files of a model, in memory; weights are taken as they are, not copied.
 
     Raises CloisterError(MODEL_LOAD_FAILED) for missing, malformed or ill-fitting files.
     """
     absent = [name for name in MODEL_FILES if name not in files]
     if absent:
         raise _unloadable(f"the model lacks {', '.join(absent)}")
-    labels, preprocessing = _labels(files["labels.json"]), _preprocessing(files["preprocessing.json"])
-    encoder = TextEncoder(vocabulary_from(files["vocab.txt"]), preprocessing)
-    config = config_from(files["config.json"])
+    texts = {name: content for name, content in files.items() if isinstance(content, bytes)}
+    labels, preprocessing = _labels(texts["labels.json"]), _preprocessing(texts["preprocessing.json"])
+    encoder = TextEncoder(vocabulary_from(texts["vocab.txt"]), preprocessing)
+    config = config_from(texts["config.json"])
     _require_fit(config, encoder)
-    tensors = tensors_from(files["model.safetensors"])
+    weights = files[WEIGHTS]
+    tensors = tensors_from(weights) if isinstance(weights, bytes) else weights
     body = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
     model = TextClassifier(pretrained_encoder(config, body, attention="sdpa"), len(labels))
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}

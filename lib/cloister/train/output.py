@@ -79,8 +79,11 @@ class Output:
                 todo="submit with another output directory",
             )
 
-    def save_model(self, files: Mapping[str, bytes]) -> None:
-        """Seal the final model; raise CloisterError when there is one or the disk is full."""
+    def save_model(self, files: Mapping[str, bytes | Mapping[str, torch.Tensor]]) -> None:
+        """Seal the final model; tensors become a safetensors file, from their own memory.
+
+        Raises CloisterError when there is a model already or the disk is full.
+        """
         where = self.directory / "model"
         manifest = self._seal(where, f"{self._name}/model", self._model_key, files)
         self._announcer.artifact("model", where.as_uri(), manifest.digest)
@@ -90,9 +93,9 @@ class Output:
     ) -> bool:
         """Seal a checkpoint; return False, after an event, when it cannot be written: training goes on."""
         where = self._checkpoints / f"{step:012d}"
-        files = {ABOUT: json.dumps(dict(about or {}), sort_keys=True).encode()}
+        facts = json.dumps(dict(about or {}), sort_keys=True).encode()
         try:
-            manifest = self._seal(where, self._dataset(step), self._checkpoint_key, files, tensors)
+            manifest = self._seal(where, self._dataset(step), self._checkpoint_key, {ABOUT: facts, TENSORS: tensors})
         except CloisterError as error:
             text = f"{Code.CHECKPOINT_FAILED.text}: the checkpoint of step {step} was not written"
             self._announcer.message("checkpoint-failed", f"{text}; earlier ones are whole ({error.why})", 0.0)
@@ -141,15 +144,15 @@ class Output:
         where: Path,
         dataset: str,
         key: DataKey,
-        files: Mapping[str, bytes],
-        tensors: Mapping[str, torch.Tensor] | None = None,
+        files: Mapping[str, bytes | Mapping[str, torch.Tensor]],
     ) -> Manifest:
         writer = SealedDirectoryWriter(where, data_key=key, dataset=dataset)
         try:
-            for name, data in files.items():
-                writer.add(name, data)
-            if tensors:
-                save_tensors(writer, TENSORS, tensors)
+            for name, content in files.items():
+                if isinstance(content, bytes):
+                    writer.add(name, content)
+                else:
+                    save_tensors(writer, name, content, metadata={"format": "pt"})
             return writer.finish()
         except CloisterError:
             # The directory was ours alone (the writer refuses one with content), and it has no manifest.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 from cloister.errors import CloisterError, Code
 from cloister.keyuri import KeyUri
@@ -13,7 +14,7 @@ from cloister.release.blocks import Block
 from cloister.release.keys import KeyState, Purpose
 from cloister.secret import SecretBytes
 from cloister.tlv import sha384
-from cloister.transparency.entry import Entry
+from cloister.transparency.entry import Entry, LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, Recipient, argument_error, check_wrapped
 from cloister_keybroker.backends import KeyRef
 from cloister_keybroker.datasets import Publication, checked_successor, data_key_digest, version_block
@@ -22,6 +23,8 @@ from cloister_keybroker.log import LogPlace
 from cloister_keybroker.transaction import StoredKey, Transaction
 
 _DIGEST_SIZE = 48
+_RESUMABLE = timedelta(days=7)
+_RESUME_LOOKBACK = 1000  # entries of the key's log: some 3 MB, read when sealing is resumed and never else
 _MAX_DATASET_VERSION = 2**53 - 1  # the integers that every JSON reader keeps
 _MAX_DATASET_ID = 255  # bytes, as in the header of a sealed file
 
@@ -53,6 +56,45 @@ class DataKeyDesk(Desk):
         binding = self._binding(owner, WrappedKey(uri, version, fresh.wrapped), "seal", recipient)
         return await self._answer(owner, "generate", binding, recipient.seal(fresh.secret, binding), fresh.wrapped)
 
+    async def resume(
+        self, owner: Owner, key: WrappedKey, recipient: Recipient, *, authorization: bytes
+    ) -> DataKeyAnswer:
+        """Unwrap a data key for the owner who was given it to seal with, and was interrupted.
+
+        Only of a key that this owner asked for in the last seven days, and before anything sealed with it was
+        published: what a workload sealed, and what is in use, does not open like this.
+        """
+        recipient.check()
+        key.check()
+        stored = await self._usable(owner, key.uri, "resume", "seal", version=key.version)
+        await self._authorize(owner, stored, key, recipient, authorization, "seal")
+        secret = await self._unwrap(owner, stored, key, "resume")
+
+        def find(transaction: Transaction) -> tuple[bool, bool]:
+            published = transaction.registry(stored.record).demanded(secret) is not None
+            since = self._office.now_ms() - int(_RESUMABLE.total_seconds() * 1000)
+            entries = transaction.newest_entries(key.uri.tenant, key_uri=str(key.uri), limit=_RESUME_LOOKBACK)
+            return published, any(_given(entry, owner, key, since) for entry in entries)
+
+        published, given = await self._store.read(find)
+        block = Block("data_key.sealing", given and not published, "given to you to seal with, not published", "")
+        if not block.ok:
+            got = "published" if published else "not one of yours of the last seven days"
+            await self._deny(owner, "resume", key.uri, replace(block, got=got))
+            raise CloisterError(
+                Code.RELEASE_DENIED,
+                what=f"{key.uri} gives no data key to go on sealing: block {block.name}",
+                why=f"wanted {block.wanted}; got {got}",
+                todo="seal anew, into another directory",
+            )
+        binding = self._binding(owner, key, "seal", recipient)
+        return await self._answer(owner, "resume", binding, recipient.seal(secret, binding), key.wrapped)
+
+    async def published(self, owner: Owner, uri: KeyUri, dataset_id: str) -> Publication | None:
+        """Return the newest version of a data set of the caller's tenant."""
+        stored = await self.get(owner, uri)
+        return await self._store.read(lambda transaction: transaction.registry(stored.record).newest(dataset_id))
+
     async def open(
         self, owner: Owner, key: WrappedKey, recipient: Recipient, *, manifest_digest: bytes, authorization: bytes
     ) -> DataKeyAnswer:
@@ -64,7 +106,7 @@ class DataKeyDesk(Desk):
         recipient.check()
         key.check()
         stored = await self._usable(owner, key.uri, "open", "export", version=key.version, export=True)
-        await self._authorize(owner, stored, key, recipient, authorization)
+        await self._authorize(owner, stored, key, recipient, authorization, "export")
         secret = await self._unwrap(owner, stored, key, "open")
         demanded = await self._store.read(lambda transaction: transaction.registry(stored.record).demanded(secret))
         block = version_block(demanded, (manifest_digest,) if manifest_digest else ())
@@ -147,7 +189,13 @@ class DataKeyDesk(Desk):
         )
 
     async def _authorize(
-        self, owner: Owner, stored: StoredKey, key: WrappedKey, recipient: Recipient, authorization: bytes
+        self,
+        owner: Owner,
+        stored: StoredKey,
+        key: WrappedKey,
+        recipient: Recipient,
+        authorization: bytes,
+        purpose: str,
     ) -> None:
         """Raise SIGNATURE_INVALID unless the key's signer signed for this data key, and for this recipient."""
         wanted = OpenRequest(
@@ -157,6 +205,7 @@ class DataKeyDesk(Desk):
             wrapped_digest=sha384(key.wrapped),
             client_nonce=recipient.client_nonce,
             recipient_digest=sha384(recipient.public_key),
+            purpose=purpose,
         )
         try:
             if not authorization:
@@ -231,6 +280,18 @@ _ADVICE = {
     "key.purposes": (Code.RELEASE_DENIED, "only keys created with purpose export open outside a TD"),
     "key.version": (Code.WRAPPED_KEY_INVALID, "use a version that is not retired, from the sealed object's header"),
 }
+
+
+def _given(logged: LoggedEntry, owner: Owner, key: WrappedKey, since_ms: int) -> bool:
+    """Say whether an entry is the one in which this owner, not a workload, was given this data key."""
+    entry = logged.entry
+    return (
+        entry.granted
+        and entry.action == "generate"
+        and entry.caller == str(owner.spiffe_id)
+        and entry.wrapped_digest == sha384(key.wrapped)
+        and logged.time_ms >= since_ms
+    )
 
 
 def _unsigned(uri: KeyUri, why: str) -> CloisterError:

@@ -140,6 +140,11 @@ class KeyOwnerServicer(rpc.KeyOwnerServiceServicer):
         return pb.GenerateDataKeyResponse(data_key=wire.data_key(answer), receipt=wire.receipt(answer.receipt))
 
     async def OpenDataKey(self, request: pb.OpenDataKeyRequest, _context: Any) -> pb.OpenDataKeyResponse:  # noqa: N802
+        if request.resume_sealing:
+            resumed = await self._data_keys.resume(
+                _owner(), _wrapped(request), _recipient(request), authorization=request.authorization
+            )
+            return pb.OpenDataKeyResponse(data_key=wire.data_key(resumed), receipt=wire.receipt(resumed.receipt))
         answer = await self._data_keys.open(
             _owner(),
             _wrapped(request),
@@ -161,6 +166,14 @@ class KeyOwnerServicer(rpc.KeyOwnerServiceServicer):
         publication = Publication(request.dataset_id, request.version, request.manifest_digest)
         await self._data_keys.publish(_owner(), _wrapped(request), publication, request.parent_digest)
         return pb.PublishManifestResponse()
+
+    async def GetPublishedManifest(  # noqa: N802
+        self, request: pb.GetPublishedManifestRequest, _context: Any
+    ) -> pb.GetPublishedManifestResponse:
+        found = await self._data_keys.published(_owner(), KeyUri.parse(request.key_uri), request.dataset_id)
+        if found is None:
+            return pb.GetPublishedManifestResponse()
+        return pb.GetPublishedManifestResponse(version=found.version, manifest_digest=found.manifest_digest)
 
     async def _key(self, uri: str) -> pb.Key:
         stored = await self._keys.get(_owner(), KeyUri.parse(uri))

@@ -29,6 +29,7 @@ from typing import Final, NoReturn
 
 import cloister.train
 from cloister.atomicfile import write_atomically
+from cloister.data import guard_plaintext, keyring
 from cloister.errors import CloisterError, Code
 from cloister.guest.enrol import Identity
 from cloister.guest.guest import Guest
@@ -45,6 +46,7 @@ from cloister.sealed.directory import Peek, SealedDirectory
 from cloister.tdx.workload import DatasetClaim, RankClaim, WorkloadPlan
 from cloister.train.job import Job
 from cloister.train.output import Output
+from cloister_trainer.rankkeyring import RankKeyring
 from cloister_trainer.ranklink import LoopThread, RankLink
 from cloister_trainer.rankspec import RankInput, RankSpec
 from cloister_trainer.script import run_script
@@ -166,6 +168,8 @@ class Rank:
                 announcer=link,
             )
             output.require_room_for_a_model()
+        keyring.activate(RankKeyring(lambda uri, peek: self._release(keys, uri, peek), spec.output_key_uri))
+        guard_plaintext()
         cloister.train.activate(
             Job(
                 rank=spec.rank,

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from cloister.data.tensors import load_tensors
 from cloister.runtime.process import harden
 from cloister.sealed.datakey import DataKey
 from cloister.sealed.directory import SealedDirectory
 from cloister.secret import SecretBytes
 from cloister.tlv import parse_tlv
-from cloister.train.classifier import load_classifier
+from cloister.train.classifier import WEIGHTS, load_classifier
 
 # Texts that go through the model together: enough to fill a core, few enough that short ones are not padded much.
 _TEXTS_PER_PASS = 32
@@ -41,7 +42,9 @@ class TextClassifierHandler:
         sealed = SealedDirectory.open(
             Path(context.system_properties["model_dir"]), data_key=data_key, manifest_digest=manifest_digest
         )
-        self._predictor = load_classifier({name: sealed.read(name) for name in sealed.files})
+        texts = {name: sealed.read(name) for name in sealed.files if name != WEIGHTS}
+        weights = {WEIGHTS: load_tensors(sealed, WEIGHTS)} if WEIGHTS in sealed.files else {}
+        self._predictor = load_classifier({**texts, **weights})
         # The first pass allocates and plans; no user should wait for that.
         self._predictor.predict(["."])
 

@@ -570,6 +570,7 @@ class OpenDataKeyRequest(_message.Message):
     HPKE_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
     MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
     AUTHORIZATION_FIELD_NUMBER: _builtins.int
+    RESUME_SEALING_FIELD_NUMBER: _builtins.int
     key_uri: _builtins.str
     key_version: _builtins.int
     wrapped: _builtins.bytes
@@ -580,6 +581,10 @@ class OpenDataKeyRequest(_message.Message):
     """SHA-384 of the manifest that the caller is about to open, 48 bytes; empty for a single file."""
     authorization: _builtins.bytes
     """DSSE envelope (JSON) over this request, signed by the key's signer."""
+    resume_sealing: _builtins.bool
+    """The data key is one that the owner was given to seal with, at most seven days ago, and of which nothing was
+    published yet: sealing was interrupted and goes on. Needs no purpose EXPORT.
+    """
     def __init__(
         self,
         *,
@@ -591,10 +596,11 @@ class OpenDataKeyRequest(_message.Message):
         hpke_public_key: _builtins.bytes = ...,
         manifest_digest: _builtins.bytes = ...,
         authorization: _builtins.bytes = ...,
+        resume_sealing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorization", b"authorization", "client_nonce", b"client_nonce", "hpke_kem_id", b"hpke_kem_id", "hpke_public_key", b"hpke_public_key", "key_uri", b"key_uri", "key_version", b"key_version", "manifest_digest", b"manifest_digest", "wrapped", b"wrapped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorization", b"authorization", "client_nonce", b"client_nonce", "hpke_kem_id", b"hpke_kem_id", "hpke_public_key", b"hpke_public_key", "key_uri", b"key_uri", "key_version", b"key_version", "manifest_digest", b"manifest_digest", "resume_sealing", b"resume_sealing", "wrapped", b"wrapped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1263,6 +1269,52 @@ class PublishManifestResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PublishManifestResponse: _TypeAlias = PublishManifestResponse  # noqa: Y015
+
+@_typing.final
+class GetPublishedManifestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_URI_FIELD_NUMBER: _builtins.int
+    DATASET_ID_FIELD_NUMBER: _builtins.int
+    key_uri: _builtins.str
+    dataset_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        key_uri: _builtins.str = ...,
+        dataset_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_id", b"dataset_id", "key_uri", b"key_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPublishedManifestRequest: _TypeAlias = GetPublishedManifestRequest  # noqa: Y015
+
+@_typing.final
+class GetPublishedManifestResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The newest version, 0 when none was published."""
+    manifest_digest: _builtins.bytes
+    """SHA-384 of its manifest, 48 bytes."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        manifest_digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest_digest", b"manifest_digest", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPublishedManifestResponse: _TypeAlias = GetPublishedManifestResponse  # noqa: Y015
 
 @_typing.final
 class ExplainPolicyRequest(_message.Message):

@@ -125,6 +125,11 @@ class KeyOwnerServiceStub:
                 request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.PublishManifestRequest.SerializeToString,
                 response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.PublishManifestResponse.FromString,
                 _registered_method=True)
+        self.GetPublishedManifest = channel.unary_unary(
+                '/cloister.api.keybroker.v1.KeyOwnerService/GetPublishedManifest',
+                request_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetPublishedManifestRequest.SerializeToString,
+                response_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetPublishedManifestResponse.FromString,
+                _registered_method=True)
 
 
 class KeyOwnerServiceServicer:
@@ -248,6 +253,12 @@ class KeyOwnerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPublishedManifest(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KeyOwnerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -340,6 +351,11 @@ def add_KeyOwnerServiceServicer_to_server(servicer, server):
                     servicer.PublishManifest,
                     request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.PublishManifestRequest.FromString,
                     response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.PublishManifestResponse.SerializeToString,
+            ),
+            'GetPublishedManifest': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPublishedManifest,
+                    request_deserializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetPublishedManifestRequest.FromString,
+                    response_serializer=cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetPublishedManifestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -829,6 +845,33 @@ class KeyOwnerService:
             '/cloister.api.keybroker.v1.KeyOwnerService/PublishManifest',
             cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.PublishManifestRequest.SerializeToString,
             cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.PublishManifestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPublishedManifest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.api.keybroker.v1.KeyOwnerService/GetPublishedManifest',
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetPublishedManifestRequest.SerializeToString,
+            cloister_dot_api_dot_keybroker_dot_v1_dot_keybroker__pb2.GetPublishedManifestResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -60,6 +60,7 @@ class KeyOwnerServiceStub:
     """No policy until the next one: nothing is released, leases end."""
     PublishManifest: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.PublishManifestRequest, _keybroker_pb2.PublishManifestResponse]
     """Remember the newest version of a sealed data set: keys are refused to whoever holds an older one."""
+    GetPublishedManifest: _grpc.UnaryUnaryMultiCallable[_keybroker_pb2.GetPublishedManifestRequest, _keybroker_pb2.GetPublishedManifestResponse]
 
 @_typing.type_check_only
 class KeyOwnerServiceAsyncStub(KeyOwnerServiceStub):
@@ -93,6 +94,7 @@ class KeyOwnerServiceAsyncStub(KeyOwnerServiceStub):
     """No policy until the next one: nothing is released, leases end."""
     PublishManifest: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.PublishManifestRequest, _keybroker_pb2.PublishManifestResponse]  # type: ignore[assignment]
     """Remember the newest version of a sealed data set: keys are refused to whoever holds an older one."""
+    GetPublishedManifest: _aio.UnaryUnaryMultiCallable[_keybroker_pb2.GetPublishedManifestRequest, _keybroker_pb2.GetPublishedManifestResponse]  # type: ignore[assignment]
 
 class KeyOwnerServiceServicer(metaclass=_abc_1.ABCMeta):
     """What owners do with their keys. The caller's tenant and identity come from its certificate."""
@@ -231,6 +233,13 @@ class KeyOwnerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_keybroker_pb2.PublishManifestResponse, _abc.Awaitable[_keybroker_pb2.PublishManifestResponse]]:
         """Remember the newest version of a sealed data set: keys are refused to whoever holds an older one."""
+
+    @_abc_1.abstractmethod
+    def GetPublishedManifest(
+        self,
+        request: _keybroker_pb2.GetPublishedManifestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_pb2.GetPublishedManifestResponse, _abc.Awaitable[_keybroker_pb2.GetPublishedManifestResponse]]: ...
 
 def add_KeyOwnerServiceServicer_to_server(servicer: KeyOwnerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -238,7 +238,7 @@ async def test_another_object_under_the_same_key_is_no_signature_of_a_verdict(at
     token = (await attest.enrolment.attest(await attest.request(attest.td(Role.TRAINER)))).attestation_result
     not_signed(document | {"signature": token}, keys)
     claims = json.loads(unb64(document["signature"].split(".")[1] + "==="))
-    key, key_id = attest.authority.token_key, attest.authority.token_key_id
+    key, key_id = attest.ca.issuing.token_key, attest.ca.issuing.token_key_id
 
     def signed(kind: str = TYPE, **changes: Any) -> dict[str, Any]:
         return document | {"signature": sign_claims(claims | changes, kind=kind, key=key, key_id=key_id)}

@@ -10,17 +10,19 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from cloister.appraisal.policy import STRICT
 from cloister.appraisal.references import PAYLOAD_TYPE
 from cloister.cli.expected import Parts, plan_workload, read_boot_log
 from cloister.dsse import sign
 from cloister.errors import CloisterError, Code
 from cloister.guest.measure import attest_configuration
 from cloister.identity import Role
+from cloister.recovery import new_recovery_key, split
 from cloister.sealed.directory import SealedDirectory, seal_directory
 from cloister.tdx.intelroot import intel_root
 from cloister.tdx.workload import BackendClaim
 from cloister.tlv import sha384
-from cloister_attest.authority import Authority
+from cloister_attest.epochs import Epochs
 from fakes.real_vectors import DIRECTORY, MANIFEST, needs_vectors
 from fakes.serving_archives import data_key, good_entries, packed
 
@@ -30,7 +32,7 @@ ENVIRONMENT = f"sha384:{'12' * 48}"
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     path = tmp_path / "bundle.json"
-    path.write_bytes(Authority("cloister.test", now=datetime.now(UTC)).bundle.to_bytes())
+    path.write_bytes(Epochs.begin("cloister.test", now=datetime.now(UTC)).bundle.to_bytes())
     return path
 
 
@@ -79,6 +81,16 @@ def test_attest_measures_root_policy_and_reference_sets_with_its_file(tmp_path: 
     )
     plan = plan_workload(Parts(role=Role.ATTEST, trust_bundle=bundle, environment=ENVIRONMENT, config=config))
     wanted = attest_configuration(config.read_bytes(), intel_root().certificate_der, policy, [b"a", b"b"])
+    assert plan.config == sha384(wanted)
+
+
+def test_attest_measures_who_can_bring_back_its_ca(tmp_path: Path, bundle: Path) -> None:
+    shares, config = split(new_recovery_key(), threshold=2, count=3).public, tmp_path / "attest.toml"
+    (tmp_path / "shares.json").write_bytes(shares.to_bytes() + b"\n")
+    config.write_text('[ca]\nkept = "shares"\nshare_set = "shares.json"\n')
+    plan = plan_workload(Parts(role=Role.ATTEST, trust_bundle=bundle, environment=ENVIRONMENT, config=config))
+    root = intel_root().certificate_der
+    wanted = attest_configuration(config.read_bytes(), root, STRICT.source, [], share_set=shares.to_bytes())
     assert plan.config == sha384(wanted)
 
 

@@ -142,7 +142,9 @@ class SealedFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fssp
         path = self._strip_protocol(path)
         if self._root is not None:
             return _Place(self._tree(self._root), "", path.strip("/"))
-        whole = self._target._strip_protocol(path).rstrip("/")
+        # Local paths are absolute, with or without the third slash, which Hugging Face drops on the way.
+        local = isinstance(self._target, LocalFileSystem)
+        whole = self._target._strip_protocol("/" + path.lstrip("/") if local else path).rstrip("/")
         above = list(_ancestors(whole))
         roots = [root for root in above if root in self._trees]
         roots += [root for root in above if not roots and self._target.isfile(f"{root}/{MANIFEST_NAME}")]

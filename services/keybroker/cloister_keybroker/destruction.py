@@ -50,7 +50,7 @@ class DestructionDesk(Desk):
             due = self._office.now_ms() + int(waiting.total_seconds() * 1000)
             record = replace(before, state=KeyState.DESTRUCTION_SCHEDULED, destroy_at_ms=due)
             await self._restate(owner, "schedule-destruction", before, record)
-        self._scheduled.set()
+        self.look_again()
         return record
 
     async def cancel(self, owner: Owner, uri: KeyUri) -> KeyRecord:
@@ -71,6 +71,10 @@ class DestructionDesk(Desk):
             record = replace(before, state=KeyState.DISABLED, destroy_at_ms=0)
             await self._restate(owner, action, before, record)
         return record
+
+    def look_again(self) -> None:
+        """Have `keep_carrying_out` look at what is due now."""
+        self._scheduled.set()
 
     async def carry_out(self) -> None:
         """Destroy every key whose waiting period is over; one that fails is logged and stays due."""

@@ -76,7 +76,9 @@ class Stack:
         )
         await self._service("gateway", config)
 
-    async def create_key(self, handler: bytes, *, purposes: tuple[str, ...] = ("serve",), uri: str = KEY_URI) -> None:
+    async def create_key(
+        self, handler: bytes, *, purposes: tuple[str, ...] = ("serve",), uri: str = KEY_URI, lease: str = "1h"
+    ) -> None:
         """Create a key that is released to backends of this handler."""
         policy = PolicyDraft(
             name="serve",
@@ -86,6 +88,7 @@ class Stack:
             scripts=[f"sha384:{sha384(handler).hex()}"],
             identities=[f"spiffe://{self.options.trust_domain}/ns/demo/model/*/backend/*"],
             simulated=True,
+            lease=lease,
         )
         await self.owner.create_key(uri, purposes=list(purposes), policy=policy.to_yaml().encode())
 

@@ -65,7 +65,9 @@ class Stack:
         command += ["--state-dir", str(self.state.service_directory("keybroker"))]
         subprocess.run(command, check=True, capture_output=True)
         enrolment = self.endpoints["attest"]["enrolment"]
-        broker = stackconfig.keybroker_config(self.places, self.options, attest_enrolment=enrolment, root_key=root_key)
+        broker = stackconfig.keybroker_config(
+            self.places, self.options, attest_enrolment=enrolment, root_key=root_key, backends=["embedded:"]
+        )
         await self._service("keybroker", broker)
         await ensure_certificate(self.state, enrolment=enrolment)
 

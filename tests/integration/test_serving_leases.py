@@ -54,7 +54,7 @@ async def test_a_model_is_served_past_its_leases_until_its_key_is_disabled(stack
     await stack.owner.disable(KEY_URI)
     async with asyncio.timeout(30):
         while True:
-            model = (await stack.call("ModelService", "GetModel", serving_pb2.GetModelRequest(name="reviews"))).model
+            (model,) = (await stack.call("ModelService", "ListModels", serving_pb2.ListModelsRequest())).models
             if model.state != serving_pb2.MODEL_STATE_READY:
                 break
             await asyncio.sleep(0.1)

@@ -1,18 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole key broker in one process: real store, real cryptography, a test CA in place of attest.
-
-`python keybroker_harness.py STORE ROOT_KEY` runs one that creates, uses and disables keys without end and prints each
-acknowledged operation, for a parent that kills it.
-"""
+"""A whole key broker in one process: real store, real cryptography, a test CA in place of attest."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import secrets
-import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -24,7 +18,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from cloister.didkey import did_key
 from cloister.ear import Ear, issue
-from cloister.errors import CloisterError
 from cloister.hpke import KEM_MLKEM768_X25519, HpkeKeyPair
 from cloister.identity import Role, SpiffeId
 from cloister.keyuri import KeyUri
@@ -33,7 +26,7 @@ from cloister.protocol import LeaseTerms
 from cloister.provisioning import OpenRequest
 from cloister.release.approvals import ReleaseApproval
 from cloister.release.decide import Peer
-from cloister.release.keys import KeyState, Purpose
+from cloister.release.keys import Purpose
 from cloister.runtime.pem import read_leaf
 from cloister.runtime.server import GrpcServer
 from cloister.secret import SecretBytes
@@ -42,6 +35,7 @@ from cloister.transparency.entry import LoggedEntry
 from cloister_keybroker.answers import DataKeyAnswer, ReceiptSigner, Recipient
 from cloister_keybroker.approvaldesk import ApprovalDesk
 from cloister_keybroker.approvalservice import mounted_approvals
+from cloister_keybroker.backends import KeyBackend
 from cloister_keybroker.backends.embedded import EmbeddedBackend
 from cloister_keybroker.datakeys import DataKeyDesk, WrappedKey
 from cloister_keybroker.desk import Office, Owner
@@ -54,7 +48,7 @@ from cloister_keybroker.owners import NewKey, OwnerDesk
 from cloister_keybroker.ownerservice import Desks
 from cloister_keybroker.policydesk import PolicyDesk
 from cloister_keybroker.policyservice import mounted_policies
-from cloister_keybroker.rootkey import create_root_key, read_root_key
+from cloister_keybroker.rootkey import RootKey, create_root_key, read_root_key
 from cloister_keybroker.sealrecord import SealRecord
 from cloister_keybroker.service import CALLERS, mounted
 from cloister_keybroker.store import KeyStore
@@ -218,7 +212,14 @@ class Broker:
     log_key: LogKey
 
     @classmethod
-    async def open(cls, store_path: Path, root_key_path: Path, ca: TestCa, clock: Clock | None = None) -> Broker:
+    async def open(
+        cls,
+        store_path: Path,
+        root_key_path: Path,
+        ca: TestCa,
+        clock: Clock | None = None,
+        backend_of: Callable[[RootKey], KeyBackend] = EmbeddedBackend,
+    ) -> Broker:
         clock = clock or Clock()
         if not root_key_path.exists():
             create_root_key(root_key_path)
@@ -226,7 +227,7 @@ class Broker:
         if not store_path.exists():
             (await KeyStore.create(store_path, root_key, SealRecord())).close()
         store = await KeyStore.open(store_path, root_key)
-        backend, receipt_key = EmbeddedBackend(root_key), Ed25519PrivateKey.generate()
+        backend, receipt_key = backend_of(root_key), Ed25519PrivateKey.generate()
         broker_id, nonces = SpiffeId.service(TRUST_DOMAIN, Role.KEYBROKER), NonceBook()
         log_key = await store.begin_life(receipt_key, broker_id, time_ms=int(clock().timestamp() * 1000))
         signer = ReceiptSigner(receipt_key, log_id=log_key.log_id)
@@ -294,7 +295,7 @@ class Broker:
         who: SpiffeId = OWNER,
         key: Ed25519PrivateKey = OWNER_KEY,
         manifest_digest: bytes = b"",
-        **signed: Any,
+        signed: dict[str, Any] | None = None,
     ) -> SecretBytes:
         """Open a data key as an owner does; `signed` replaces what the authorization says."""
         pair = HpkeKeyPair.generate()
@@ -312,7 +313,7 @@ class Broker:
             WrappedKey(uri, version, wrapped),
             to,
             manifest_digest=manifest_digest,
-            authorization=dataclasses.replace(request, **signed).signed(key),
+            authorization=dataclasses.replace(request, **(signed or {})).signed(key),
         )
         return opened(pair, answer)
 
@@ -365,9 +366,11 @@ def opened(pair: HpkeKeyPair, answer: DataKeyAnswer, terms: LeaseTerms = NO_LEAS
 
 
 @asynccontextmanager
-async def a_broker(directory: Path, clock: Clock | None = None) -> AsyncIterator[Broker]:
+async def a_broker(
+    directory: Path, clock: Clock | None = None, backend_of: Callable[[RootKey], KeyBackend] = EmbeddedBackend
+) -> AsyncIterator[Broker]:
     """Give a broker over a store in `directory`; opening it again continues."""
-    broker = await Broker.open(directory / "store.sqlite", directory / "root.key", TestCa(), clock)
+    broker = await Broker.open(directory / "store.sqlite", directory / "root.key", TestCa(), clock, backend_of)
     try:
         yield broker
     finally:
@@ -399,37 +402,3 @@ async def a_served_broker(directory: Path) -> AsyncIterator[tuple[Broker, str]]:
 def leaf_sha256(chain_pem: bytes) -> bytes:
     """Return what `cnf` names for a certificate chain."""
     return read_leaf(chain_pem).sha256
-
-
-async def _work_forever(store: Path, root_key: Path) -> None:
-    """Create keys, use them, disable and enable them; one line per operation that was acknowledged."""
-    broker = await Broker.open(store, root_key, TestCa())
-    print(json.dumps({"ready": True}), flush=True)
-    made: dict[KeyUri, str] = {}
-    while True:
-        uri = KeyUri.parse(f"cloister-key://{TENANT}/made/{secrets.token_hex(8)}")
-        await broker.create_key(policy_document(uri), uri)
-        _acknowledge("create", uri)
-        pair = HpkeKeyPair.generate()
-        answer = await broker.data_keys.generate(owner(), uri, recipient(pair))
-        secret = sha384(opened(pair, answer).reveal()).hex()
-        _acknowledge("generate", uri, wrapped=answer.wrapped.hex(), secret=secret, index=answer.receipt.place.index)
-        td = broker.td()
-        released = await td.release(key=uri, wrapped=answer.wrapped)
-        _acknowledge("release", uri, index=released.data_key.receipt.place.index)
-        try:
-            await td.release(key=uri, purpose=Purpose.EXPORT)
-        except CloisterError:
-            _acknowledge("denied", uri)
-        made[uri] = secret
-        if len(made) % 2:
-            await broker.owners.set_state(owner(), uri, KeyState.DISABLED)
-            _acknowledge("disable", uri)
-
-
-def _acknowledge(what: str, uri: KeyUri, **facts: object) -> None:
-    print(json.dumps({"what": what, "uri": str(uri), **facts}), flush=True)
-
-
-if __name__ == "__main__":
-    asyncio.run(_work_forever(Path(sys.argv[1]), Path(sys.argv[2])))

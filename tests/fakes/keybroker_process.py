@@ -16,15 +16,17 @@ from pathlib import Path
 import pytest
 
 from cloister.api.attest.v1 import attest_pb2, attest_pb2_grpc
+from cloister.cli.policyfile import PolicyDraft
+from cloister.guest.enrol import Identity
 from cloister.guest.measure import digest_of_package
 from cloister.guest.owner import VerifiedService, verify_service_evidence
 from cloister.identity import Role
-from cloister.runtime.channel import invoke, open_enrolment_channel
+from cloister.runtime.channel import invoke, open_channel, open_enrolment_channel
 from cloister.runtime.credentials import StaticCredentials
 from cloister.runtime.endpoints import read_endpoints
 from cloister_keybroker.__main__ import init
 from cloister_keybroker.config import STORE_FILE
-from fakes.attest_harness import TRUST_DOMAIN, AttestProcess, csr, user_material
+from fakes.attest_harness import CONFIG, JOB, SCRIPT, TRUST_DOMAIN, AttestProcess, csr, measure, user_material
 
 
 class BrokerProcess:
@@ -131,3 +133,34 @@ async def the_verified_broker(broker: BrokerProcess, credentials: StaticCredenti
         expected_scripts=[digest_of_package("cloister_keybroker")],
         now=datetime.now(UTC),
     )
+
+
+async def a_rank(attest: AttestProcess) -> Identity:
+    """Register a job and enrol a rank of it."""
+    trainer = await attest.service(Role.TRAINER)
+    async with open_channel(attest.endpoints["grpc"], role=Role.ATTEST, credentials=trainer) as channel:
+        request = attest_pb2.RegisterJobRequest(
+            job_id=JOB.job_id, tenant=JOB.tenant, world_size=2, script_digest=SCRIPT, config_digest=CONFIG
+        )
+        await invoke(
+            attest_pb2_grpc.RegistryServiceStub(channel).RegisterJob, request, timeout_s=10, what="register a job"
+        )
+    guest = attest.launch()
+    measure(guest, Role.RANK, bundle=attest.bundle.digest)
+    return await Identity.enrol(guest, attest_endpoint=attest.endpoints["enrolment"], bundle=attest.bundle)
+
+
+def a_policy(attest: AttestProcess, uri: str, *, simulated: bool, version: int = 1, previous: str = "") -> bytes:
+    """Return a policy that lets that rank in."""
+    draft = PolicyDraft(
+        name="reviews",
+        owner=str(attest.user_id),
+        key_uri=uri,
+        purposes=["train"],
+        scripts=[f"sha384:{SCRIPT.hex()}"],
+        identities=[f"spiffe://{TRUST_DOMAIN}/ns/{JOB.tenant}/job/*/rank/*"],
+        simulated=simulated,
+        version=version,
+        previous=previous,
+    )
+    return draft.to_yaml().encode()

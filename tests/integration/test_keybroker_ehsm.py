@@ -10,7 +10,7 @@ import sys
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from fakes.keybroker_harness import KEY
 
 REF = KeyRef(KEY, 1, KeyState.ENABLED, frozenset({Purpose.TRAIN}))
 AAD = REF.custodian_aad()
+LOCATOR = b"aac3e45a-d3dc-4791-89b6-4ada0e38e6ef"
 SHORT = EhsmLimits(connect_s=0.3, total_s=0.4, idle_s=0.05, unwraps=2, changes=1, waiting=1)
 DAY = timedelta(days=1)
 
@@ -467,11 +468,47 @@ async def test_a_good_quote_is_asked_for_once_a_day_and_the_log_says_how_little_
         {"min_isv_svn": "2"},
     ],
 )
-async def test_another_enclave_is_refused(tmp_path: Path, enclave: dict[str, str]) -> None:
+async def test_another_enclave_gets_nothing_to_do(tmp_path: Path, enclave: dict[str, str]) -> None:
     async with EhsmPlace(tmp_path / "ehsm") as place:
         custodian = await with_policy(place, tmp_path, enclave_policy(place, **enclave))
-        await refused(custodian.probe(), Code.CUSTODIAN_REFUSED)
+        for attempt in (custodian.probe(), custodian.create(REF), custodian.unwrap(LOCATOR, bytes(60), AAD)):
+            await refused(attempt, Code.CUSTODIAN_REFUSED)
+        assert set(place.faults.requests) == {"GetVersion", "GenerateQuote"}
+        assert place.faults.count("GenerateQuote") == 1  # a failure is remembered for a minute
         await custodian.aclose()
+
+
+async def test_a_quote_that_cannot_be_had_for_a_while_stops_nothing_and_a_bad_one_does(tmp_path: Path) -> None:
+    ahead = [timedelta()]
+
+    def clock() -> datetime:
+        return datetime.now(UTC) + ahead[0]
+
+    async with EhsmPlace(tmp_path / "ehsm", clock=clock) as place:
+        custodian = await with_policy(place, tmp_path, enclave_policy(place))
+        await custodian.create(REF)
+        ahead[0] = 2 * DAY
+        place.faults.add(Fault("GenerateQuote", times=9, change=faults.answer(500, "Server exception.")))
+        await custodian.create(REF)
+        place.faults.clear()
+        ahead[0] = 3 * DAY
+        place.faults.add(Fault("GenerateQuote", change=forged))
+        await refused(custodian.create(REF), Code.CUSTODIAN_REFUSED)
+        await refused(custodian.create(REF), Code.CUSTODIAN_REFUSED)
+        ahead[0] += timedelta(minutes=1)
+        await custodian.create(REF)
+        # A week without any is the end of it.
+        ahead[0] += 8 * DAY
+        place.faults.add(Fault("GenerateQuote", times=9, change=faults.answer(500, "Server exception.")))
+        await refused(custodian.create(REF), Code.CUSTODIAN_UNAVAILABLE)
+        await custodian.aclose()
+
+
+def forged(members: dict[str, Any]) -> dict[str, Any]:
+    """Change a byte of a quote."""
+    quote = bytearray(base64.b64decode(members["result"]["quote"]))
+    quote[200] ^= 1
+    return members | {"result": {"quote": base64.b64encode(quote).decode()}}
 
 
 async def test_a_quote_under_another_root_is_refused(tmp_path: Path) -> None:
@@ -487,11 +524,6 @@ async def test_a_quote_under_another_root_is_refused(tmp_path: Path) -> None:
 async def test_a_quote_that_was_changed_is_refused(tmp_path: Path) -> None:
     async with EhsmPlace(tmp_path / "ehsm") as place:
         custodian = await with_policy(place, tmp_path, enclave_policy(place))
-
-        def forged(members: dict[str, Any]) -> dict[str, Any]:
-            quote = bytearray(base64.b64decode(members["result"]["quote"]))
-            quote[200] ^= 1
-            return members | {"result": {"quote": base64.b64encode(quote).decode()}}
 
         place.faults.add(Fault("GenerateQuote", change=forged))
         error = await refused(custodian.probe(), Code.CUSTODIAN_REFUSED)

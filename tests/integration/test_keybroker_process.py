@@ -5,49 +5,14 @@ from __future__ import annotations
 
 import pytest
 
-from cloister.api.attest.v1 import attest_pb2, attest_pb2_grpc
-from cloister.cli.policyfile import PolicyDraft
 from cloister.errors import CloisterError, Code
-from cloister.guest.enrol import Identity
 from cloister.guest.keys import KeyClient
 from cloister.guest.ownerkeys import OwnerKeyClient
-from cloister.identity import Role
-from cloister.runtime.channel import invoke, open_channel
 from cloister_keybroker.rootkey import create_root_key
-from fakes.attest_harness import CONFIG, JOB, SCRIPT, TRUST_DOMAIN, AttestProcess, measure
-from fakes.keybroker_process import a_stack, the_user, the_verified_broker
+from fakes.keybroker_process import a_policy, a_rank, a_stack, the_user, the_verified_broker
 from fakes.signing import OWNER_KEY
 
 URI = "cloister-key://hospital-a/datasets/reviews"
-
-
-async def a_rank(attest: AttestProcess) -> Identity:
-    trainer = await attest.service(Role.TRAINER)
-    async with open_channel(attest.endpoints["grpc"], role=Role.ATTEST, credentials=trainer) as channel:
-        request = attest_pb2.RegisterJobRequest(
-            job_id=JOB.job_id, tenant=JOB.tenant, world_size=2, script_digest=SCRIPT, config_digest=CONFIG
-        )
-        await invoke(
-            attest_pb2_grpc.RegistryServiceStub(channel).RegisterJob, request, timeout_s=10, what="register a job"
-        )
-    guest = attest.launch()
-    measure(guest, Role.RANK, bundle=attest.bundle.digest)
-    return await Identity.enrol(guest, attest_endpoint=attest.endpoints["enrolment"], bundle=attest.bundle)
-
-
-def a_policy(attest: AttestProcess, *, simulated: bool, version: int = 1, previous: str = "") -> bytes:
-    draft = PolicyDraft(
-        name="reviews",
-        owner=str(attest.user_id),
-        key_uri=URI,
-        purposes=["train"],
-        scripts=[f"sha384:{SCRIPT.hex()}"],
-        identities=[f"spiffe://{TRUST_DOMAIN}/ns/{JOB.tenant}/job/*/rank/*"],
-        simulated=simulated,
-        version=version,
-        previous=previous,
-    )
-    return draft.to_yaml().encode()
 
 
 async def test_from_a_sealed_key_to_an_attested_rank_and_across_a_restart() -> None:
@@ -56,7 +21,7 @@ async def test_from_a_sealed_key_to_an_attested_rank_and_across_a_restart() -> N
         credentials = await the_user(attest)
         await the_verified_broker(broker, credentials)
         owner = OwnerKeyClient(credentials, broker.endpoint, signing_key=OWNER_KEY)
-        await owner.create_key(URI, purposes=["train", "export"], policy=a_policy(attest, simulated=False))
+        await owner.create_key(URI, purposes=["train", "export"], policy=a_policy(attest, URI, simulated=False))
         made = await owner.generate_data_key(URI)
         rank = await a_rank(attest)
         with pytest.raises(CloisterError, match=r"block tee\.simulated") as caught:
@@ -64,7 +29,7 @@ async def test_from_a_sealed_key_to_an_attested_rank_and_across_a_restart() -> N
         assert caught.value.code is Code.RELEASE_DENIED
 
         digest = (await owner.policy(URI)).digest.hex()
-        allowed = a_policy(attest, simulated=True, version=2, previous=f"sha384:{digest}")
+        allowed = a_policy(attest, URI, simulated=True, version=2, previous=f"sha384:{digest}")
         await owner.put_policy(URI, allowed)
         client = KeyClient(rank, broker.endpoint)
         released = await client.release(URI, "train", wrapped=made.wrapped, key_version=1)

@@ -108,3 +108,39 @@ def test_a_token_with_many_datasets_stays_below_the_size_limit() -> None:
 def test_the_payload_is_canonical_json() -> None:
     payload = jwt.PyJWS().decode(issue(sample_ear()), KEY.public_key(), algorithms=["ES256"])
     assert payload == json.dumps(json.loads(payload), separators=(",", ":"), sort_keys=True).encode()
+
+
+# Tokens that were seen before.
+
+
+def test_a_token_that_was_authenticated_is_not_verified_again_and_still_expires() -> None:
+    tokens, keys = ear.AuthenticTokens(), [JWK]
+    token = issue(sample_ear())
+    first = tokens.authenticate(token, keys=keys)
+    assert tokens.authenticate(token, keys=keys) is first
+    assert ear.current(first, issuer=ISSUER, audience=AUDIENCE, now=NOW) == sample_ear()
+    for change in ({"now": NOW + timedelta(minutes=6)}, {"audience": "other"}, {"issuer": "other"}):
+        arguments = {"issuer": ISSUER, "audience": AUDIENCE, "now": NOW} | change
+        with pytest.raises(ear.TokenRejected):
+            ear.current(first, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_token_is_not_believed_under_keys_that_did_not_sign_it_because_it_was_under_others() -> None:
+    tokens, token = ear.AuthenticTokens(), issue(sample_ear())
+    first = tokens.authenticate(token, keys=[JWK])
+    assert tokens.authenticate(token, keys=[dict(JWK)]) is first
+    other = ear.public_jwk(ec.generate_private_key(ec.SECP256R1()).public_key())
+    with pytest.raises(ear.TokenRejected):
+        tokens.authenticate(token, keys=[other])
+    assert tokens.authenticate(token, keys=[JWK]) is not first
+
+
+def test_a_forged_token_is_not_remembered_and_few_genuine_ones_are() -> None:
+    tokens = ear.AuthenticTokens(capacity=2)
+    genuine = [issue(replace(sample_ear(), token_id=f"{n}")) for n in range(3)]
+    for _ in range(2):
+        with pytest.raises(ear.TokenRejected):
+            tokens.authenticate(genuine[0][:-4] + "AAAA", keys=[JWK])
+    found = [tokens.authenticate(token, keys=[JWK]) for token in genuine]
+    assert tokens.authenticate(genuine[2], keys=[JWK]) is found[2]
+    assert tokens.authenticate(genuine[0], keys=[JWK]) is not found[0]

@@ -9,7 +9,7 @@ it may be shown several times within its five minutes: what a relying party uses
 from __future__ import annotations
 
 from cloister.ear.members import TokenRejected
-from cloister.ear.token import issue, public_jwk, read_unverified, verify
+from cloister.ear.token import AuthenticTokens, current, issue, public_jwk, read_unverified, verify
 from cloister.ear.values import (
     AFFIRMING,
     MAX_LIFETIME,
@@ -27,10 +27,12 @@ __all__ = [
     "STATUSES",
     "TRUST_CLAIMS",
     "WARNING",
+    "AuthenticTokens",
     "Ear",
     "TeeClaims",
     "TokenRejected",
     "WorkloadClaims",
+    "current",
     "issue",
     "public_jwk",
     "read_unverified",

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -103,16 +105,27 @@ def _claims(ear: Ear, issued: int, expires: int) -> dict[str, Any]:
     }
 
 
-def verify(
-    token: str, *, keys: Sequence[Mapping[str, str]], issuer: str, audience: str, now: datetime, leeway_s: int = 30
-) -> Ear:
-    """Return what an authentic, current token for this audience says; raise TokenRejected for anything else.
+@dataclass(frozen=True, slots=True)
+class Authentic:
+    """What a token says whose signature was verified: true of it for ever, whatever the time is."""
 
-    `keys` are the token keys of the trust bundle (JWKs with `kid`). The caller still compares
-    `certificate_sha256` with its peer's certificate, `hpke_key_digest` with the key it seals to, and `nonces`.
+    ear: Ear
+    not_before: datetime
+
+
+def authenticate(token: str, *, keys: Sequence[Mapping[str, str]]) -> Authentic:
+    """Return what an authentic token says; raise TokenRejected for anything else. Its time and audience are unchecked.
+
+    `keys` are the token keys of the trust bundle (JWKs with `kid`).
     """
     claims = open_signed(token, kind=TYPE, keys=keys, max_chars=MAX_TOKEN_CHARS)
     ear, not_before = read_claims(Members("payload", claims))
+    return Authentic(ear, not_before)
+
+
+def current(authentic: Authentic, *, issuer: str, audience: str, now: datetime, leeway_s: int = 30) -> Ear:
+    """Return the result if it is of this issuer, for this audience, at this time; raise TokenRejected otherwise."""
+    ear, not_before = authentic.ear, authentic.not_before
     if ear.issuer != issuer:
         raise TokenRejected("iss", f"issued by {ear.issuer}, not by {issuer}")
     if ear.audience != audience:
@@ -127,6 +140,41 @@ def verify(
     if not timedelta() < ear.expires_at - ear.issued_at <= MAX_LIFETIME:
         raise TokenRejected("lifetime", f"lives for {ear.expires_at - ear.issued_at}, more than {MAX_LIFETIME}")
     return ear
+
+
+def verify(
+    token: str, *, keys: Sequence[Mapping[str, str]], issuer: str, audience: str, now: datetime, leeway_s: int = 30
+) -> Ear:
+    """Return what an authentic, current token for this audience says; raise TokenRejected for anything else.
+
+    `keys` are the token keys of the trust bundle (JWKs with `kid`). The caller still compares
+    `certificate_sha256` with its peer's certificate, `hpke_key_digest` with the key it seals to, and `nonces`.
+    """
+    found = authenticate(token, keys=keys)
+    return current(found, issuer=issuer, audience=audience, now=now, leeway_s=leeway_s)
+
+
+class AuthenticTokens:
+    """The tokens last authenticated under one set of keys. A token is shown several times within its five minutes."""
+
+    def __init__(self, capacity: int = 1024) -> None:
+        self._capacity = capacity  # tokens; 3 kB each, 16 at most
+        self._keys: Sequence[Mapping[str, str]] = ()
+        self._found: OrderedDict[str, Authentic] = OrderedDict()
+
+    def authenticate(self, token: str, *, keys: Sequence[Mapping[str, str]]) -> Authentic:
+        """Do what `authenticate` does, once for each token and set of keys. Rejected tokens are not remembered."""
+        if keys is not self._keys and keys != self._keys:
+            self._found.clear()
+        self._keys = keys
+        found = self._found.get(token)
+        if found is None:
+            found = self._found[token] = authenticate(token, keys=keys)
+            if len(self._found) > self._capacity:
+                self._found.popitem(last=False)
+        else:
+            self._found.move_to_end(token)
+        return found
 
 
 def read_unverified(token: str) -> Ear:

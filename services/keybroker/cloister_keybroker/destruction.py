@@ -50,7 +50,7 @@ class DestructionDesk(Desk):
             due = self._office.now_ms() + int(waiting.total_seconds() * 1000)
             record = replace(before, state=KeyState.DESTRUCTION_SCHEDULED, destroy_at_ms=due)
             await self._restate(owner, "schedule-destruction", before, record)
-        self._scheduled.set()
+        self.look_again()
         return record
 
     async def cancel(self, owner: Owner, uri: KeyUri) -> KeyRecord:
@@ -72,14 +72,21 @@ class DestructionDesk(Desk):
             await self._restate(owner, action, before, record)
         return record
 
+    def look_again(self) -> None:
+        """Have `keep_carrying_out` look at what is due now."""
+        self._scheduled.set()
+
     async def carry_out(self) -> None:
         """Destroy every key whose waiting period is over; one that fails is logged and stays due."""
-        now = self._office.now_ms()
+        now, destroyed = self._office.now_ms(), False
         for uri in await self._store.read(lambda transaction: transaction.to_destroy(until_ms=now)):
             try:
                 await self._destroy(uri)
+                destroyed = True
             except CloisterError as error:
                 get_logger().error("a key could not be destroyed yet", key_uri=str(uri), problem=str(error))
+        if destroyed:
+            await self._store.fold()
 
     async def keep_carrying_out(self) -> None:
         """Carry out what is due now and whenever something is, until cancelled."""

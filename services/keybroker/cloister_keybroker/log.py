@@ -15,6 +15,7 @@ log_segments  each 4,096 entries, verified once when they were complete  evidenc
 from __future__ import annotations
 
 import hmac
+import itertools
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,9 +111,11 @@ class DecisionLog:
         execute("INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?)", (index, *columns))
         execute("INSERT INTO entries VALUES (?, ?)", (index, data))
         frontier, completed = frontier.extended(leaf_hash(data))
-        position = stored_position(0, index)
-        for level, node in enumerate(completed):
-            execute("INSERT INTO log_nodes VALUES (?, ?)", (position + level, node))
+        rows = enumerate(completed, start=stored_position(0, index))
+        execute(
+            f"INSERT INTO log_nodes VALUES {', '.join(['(?, ?)'] * len(completed))}",  # noqa: S608 - constants
+            tuple(itertools.chain.from_iterable(rows)),
+        )
         execute(
             "UPDATE log_head SET size = ?, peaks = ?, mac = ? WHERE only = 1",
             (frontier.size, frontier.to_bytes(), self._mac(frontier)),

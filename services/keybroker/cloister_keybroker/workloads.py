@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Final
 
 from cloister import ear as ears
-from cloister.ear import Ear, TokenRejected
+from cloister.ear import AuthenticTokens, Ear, TokenRejected
 from cloister.errors import CloisterError, Code
 from cloister.hpke import KEM_MLKEM768_X25519
 from cloister.identity import Role, SpiffeId
@@ -138,6 +138,8 @@ class ReleaseDesk:
         self._broker_id = broker_id
         self._clock = clock
         self._nonces = nonces or NonceBook()
+        self._tokens = AuthenticTokens()
+        self._issuer = str(SpiffeId.service(broker_id.trust_domain, Role.ATTEST))
 
     async def begin(self, workload: Workload, uri: KeyUri, purpose: Purpose, token: str) -> Begun:
         """Give a nonce for one release of this key for this purpose."""
@@ -257,10 +259,9 @@ class ReleaseDesk:
         bundle = self._credentials.current().bundle
         domain = self._broker_id.trust_domain
         try:
-            return ears.verify(
-                token,
-                keys=bundle.token_keys,
-                issuer=str(SpiffeId.service(domain, Role.ATTEST)),
+            return ears.current(
+                self._tokens.authenticate(token, keys=bundle.token_keys),
+                issuer=self._issuer,
                 audience=f"spiffe://{domain}",
                 now=now,
             )

@@ -55,6 +55,7 @@ class EhsmCustodian:
         self._enclave = enclave
 
     async def create(self, key: KeyRef) -> bytes:  # noqa: ARG002 - EHSM learns nothing about the key
+        await self._require_enclave()
         with self._orphans.creating():
             intent = await asyncio.to_thread(self._journal.begin, int(self._clock().timestamp() * 1000))
             self._orphans.watch(intent)
@@ -68,6 +69,7 @@ class EhsmCustodian:
         return keyid.encode()
 
     async def generate(self, locator: bytes, aad: bytes) -> FreshPart:
+        await self._require_enclave()
         secret, keyid = SecretBytes(os.urandom(PART_SIZE)), self._keyid(locator)
         wrapped = await self._client.encrypt(keyid, secret, aad)
         if await self._client.decrypt(keyid, wrapped, aad) != secret:
@@ -78,6 +80,7 @@ class EhsmCustodian:
         keyid = self._keyid(locator)
         if len(wrapped) != _WRAPPED_SIZE:
             raise refused(self.name, f"what the store has is not {_WRAPPED_SIZE} bytes", "the stored key is damaged")
+        await self._require_enclave()
         secret = await self._client.decrypt(keyid, wrapped, aad)
         if aad == _CANARY_AAD:
             self._client.keep_canary(keyid, wrapped, aad, secret)
@@ -104,11 +107,14 @@ class EhsmCustodian:
     async def probe(self) -> None:
         # Cheap, because it is asked every half minute: credentials and clocks show when the canary is unwrapped.
         await self._client.version()
-        if self._enclave is not None:
-            await self._enclave.check(self._client)
+        await self._require_enclave()
 
     async def aclose(self) -> None:
         await self._client.aclose()
+
+    async def _require_enclave(self) -> None:
+        if self._enclave is not None:
+            await self._enclave.require(self._client)
 
     def _keyid(self, locator: bytes) -> str:
         keyid = locator.decode("ascii", errors="replace")

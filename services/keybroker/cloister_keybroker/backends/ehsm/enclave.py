@@ -16,6 +16,7 @@ A quote that does not verify is refused all the same: it shows a wrong installat
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Final, NoReturn, Self
 from cloister.atomicfile import file_error
 from cloister.collateral.commands import family_of
 from cloister.collateral.offline import OfflineCollateral
+from cloister.errors import CloisterError, Code
 from cloister.policyblocks import API_VERSION, TCB_STATUSES, BlockReader, parse_hex, read_document
 from cloister.runtime.logging import get_logger
 from cloister.tdx.body import SgxReport
@@ -37,6 +39,9 @@ from cloister_keybroker.backends.failures import refused
 
 KIND: Final = "EhsmEnclavePolicy"
 EVERY: Final = timedelta(days=1)
+_GOOD_FOR: Final = timedelta(days=7)
+_AFTER_FAILURE: Final = timedelta(minutes=1)
+_BAD: Final = frozenset({Code.CUSTODIAN_REFUSED, Code.QUOTE_REJECTED})
 _MANUAL: Final = "docs/ehsm.md"
 _SIMULATED: Final = "simulated:"
 _MEASUREMENT_SIZE: Final = 32
@@ -107,14 +112,16 @@ class EnclavePolicy:
 
 
 class EnclaveCheck:
-    """Fetch a quote, verify it, and remember that for a day."""
+    """Fetch a quote, verify it, and remember what came of it for a day; a failure for a minute."""
 
     def __init__(self, policy: EnclavePolicy, *, backend: str, clock: Clock) -> None:
         self._policy = policy
         self._backend = backend
         self._clock = clock
         self._collateral = OfflineCollateral(policy.collateral, root=policy.root, clock=clock)
-        self._good_until: datetime | None = None
+        self._verified: datetime | None = None
+        self._failed: tuple[datetime, CloisterError] | None = None
+        self._checking = asyncio.Lock()
 
     @classmethod
     def read(cls, path: Path, *, backend: str, clock: Clock) -> Self:
@@ -124,11 +131,32 @@ class EnclaveCheck:
         except OSError as error:
             raise file_error(error, what=f"the enclave policy {path} cannot be read") from None
 
-    async def check(self, client: EhsmClient) -> None:
-        """Raise CUSTODIAN_REFUSED unless EHSM has shown a good quote within a day."""
-        now = self._clock()
-        if self._good_until is not None and self._good_until - EVERY <= now < self._good_until:
-            return
+    async def require(self, client: EhsmClient) -> None:
+        """Raise CloisterError unless EHSM has shown a good quote within a day.
+
+        While no quote can be had, or no collateral for it, the last good one counts for a week; a bad one ends that.
+        """
+        async with self._checking:
+            now = self._clock()
+            if _within(self._verified, now, EVERY):
+                return
+            if self._failed is not None and _within(self._failed[0], now, _AFTER_FAILURE):
+                error = self._failed[1]
+            else:
+                try:
+                    await self._verify(client, now)
+                except CloisterError as failed:
+                    self._failed, error = (now, failed), failed
+                else:
+                    self._verified, self._failed = now, None
+                    return
+                get_logger().error("the back end's enclave is not verified", backend=self._backend, problem=str(error))
+            if error.code in _BAD:
+                self._verified = None
+            if not _within(self._verified, now, _GOOD_FOR):
+                raise CloisterError(error.code, what=error.what, why=error.why, todo=error.todo)
+
+    async def _verify(self, client: EhsmClient, now: datetime) -> None:
         quote = await client.quote()
         family = family_of(quote, roots=[self._policy.root])
         collateral = await self._collateral.get(family.fmspc, family.ca, family.tee)
@@ -137,7 +165,6 @@ class EnclaveCheck:
         except QuoteRejected as rejected:
             self._refuse(f"its enclave's quote does not verify: {rejected.check}: {rejected.reason}")
         report = self._judge(verdict)
-        self._good_until = now + EVERY
         get_logger().info(
             "quote of the back end's enclave verified",
             backend=self._backend,
@@ -160,6 +187,11 @@ class EnclaveCheck:
 
     def _refuse(self, why: str) -> NoReturn:
         raise refused(self._backend, why, "compare the enclave policy with what was installed; see docs/ehsm.md")
+
+
+def _within(moment: datetime | None, now: datetime, time: timedelta) -> bool:
+    """Say whether a moment was so recently; one that is ahead of a clock that was set back was not."""
+    return moment is not None and timedelta() <= now - moment < time
 
 
 def _measurements(block: BlockReader, name: str) -> frozenset[bytes]:

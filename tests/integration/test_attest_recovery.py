@@ -28,6 +28,7 @@ from cloister.runtime.channel import invoke, open_channel
 from cloister.runtime.server import GrpcServer
 from cloister.secret import SecretBytes
 from fakes.attest_harness import TRUST_DOMAIN, AttestProcess, attest_process, csr, spki
+from fakes.cli_runner import Ran, run
 
 FILE = 'kept = "file"\nroot_key_file = "root.key"'
 HOLDERS = ("ann", "ben", "cas")
@@ -237,3 +238,34 @@ async def test_killed_in_the_middle_of_changes_attest_finds_a_whole_state_and_it
             leftovers = [path.name for path in (attest.directory / "state").glob(".cloister-*")]
             assert len(leftovers) <= 1
         await trainer.aclose()
+
+
+async def test_holders_bring_the_ca_back_with_the_command_line(tmp_path: Path) -> None:
+    async with attest_process(ca=SHARES, fixed_ports=True, prepare=make_holders) as attest:
+        bundle = attest.bundle
+        await attest.stop()
+        endpoint = await attest.start_sealed()
+        platform = attest.directory / "platform"
+
+        async def recover(number: int, holder: str, *more: object) -> Ran:
+            digest_of_package.cache_clear()
+            share = attest.directory / f"state/ca-shares/share-{number}-of-3.json"
+            where = ("--endpoint", endpoint, "--root", platform / "root.pem", "--directory", platform / "collateral")
+            arguments = ("--share", share, "--holder-key", attest.directory / holder, *where, *more)
+            return await asyncio.to_thread(run, "--state", tmp_path, "attest", "recover", "--json", *arguments)
+
+        assert "CLO-1240" in (await recover(1, "ben")).err  # another's key
+        assert "recovery.generation" in (await recover(1, "ann", "--generation", "99")).err
+        assert "CLO-1002" in (await recover(1, "ann", "--config", "abc")).err
+        first = await recover(1, "ann")
+        assert first.code == 0, first.err
+        assert (first.document["number"], first.document["missing"], first.document["simulated"]) == (1, 1, True)
+        assert first.document["epoch"] == bundle.epoch
+        assert (
+            first.document["configuration"]
+            == attest.measured_configuration([attest.directory / f"{name}.pub" for name in HOLDERS]).hex()
+        )
+        assert "given already" in (await recover(1, "ann")).err
+        assert (await recover(2, "ben")).document["missing"] == 0
+        await attest.ready()
+        assert attest.bundle.to_bytes() == bundle.to_bytes()

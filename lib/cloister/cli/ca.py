@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cloister.guest.evidence import EvidenceVerifier
     from cloister.guest.recoverca import Given
 
-_COLUMNS = ("epoch", "state", "started", "issues", "ends", "root_sha256")
+_COLUMNS = ("epoch", "state", "started", "issues", "ends")
 
 
 def register(app: typer.Typer) -> None:

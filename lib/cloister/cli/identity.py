@@ -37,6 +37,7 @@ class Kind(enum.StrEnum):
     MEASUREMENT = "measurement"
 
 
+_IDENTITY = ("spiffe_id", "standing", "revoked", "added_by", "added")
 _DENIAL = ("kind", "value", "reason", "operator", "time")
 _Kind = Annotated[Kind, typer.Argument(help="What VALUE is.")]
 _Value = Annotated[str, typer.Argument(help="SPIFFE id; FMSPC, PIID or PPID; digest. From a verdict.")]
@@ -168,7 +169,7 @@ def list_identities(
         }
         for one in answer.identities
     ]
-    output.rows("identities", rows, tuple(rows[0]) if rows else (), empty="nobody is registered")
+    output.rows("identities", rows, _IDENTITY, empty="nobody is registered")
 
 
 @app.command()

@@ -102,15 +102,23 @@ class TdProvider:
 
 @dataclass
 class Clock:
-    """A clock that stands until it is turned."""
+    """A clock that stands until it is turned; `set_to` changes what it shows, and no time goes by."""
 
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
+    gone: timedelta = timedelta()
 
     def __call__(self) -> datetime:
         return self.now
 
     def turn(self, **by: float) -> None:
         self.now += timedelta(**by)
+        self.gone += timedelta(**by)
+
+    def set_to(self, now: datetime) -> None:
+        self.now = now
+
+    def elapsed_s(self) -> float:
+        return self.gone.total_seconds()
 
 
 class PlatformCollateral:
@@ -186,6 +194,7 @@ class LocalAttest:
                 nonce=timedelta(seconds=60),
             ),
             clock=self.clock,
+            elapsed_s=self.clock.elapsed_s,
         )
 
     @property

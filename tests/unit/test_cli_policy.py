@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cloister import dsse
 from cloister.ear import issue
 from cloister.policyblocks import digest_text
+from cloister.provisioning import SignedPolicy
+from cloister.release.approvals import SignedApproval
 from cloister.release.policy import parse_policy
 from fakes.cli_runner import run
 from fakes.ear_sample import sample_ear
-from fakes.keybroker_harness import KEY, as_yaml, policy_document
+from fakes.keybroker_harness import KEY, TENANT, as_yaml, policy_document
 
 OTHER = digest_text(b"\x99" * 48)
 JOB = {"name": "the job", "expect": "allow"}
@@ -138,3 +141,44 @@ def test_what_is_no_token_is_refused(tmp_path: Path) -> None:
         token.write_bytes(text)
         found = run("policy", "explain", file, "--token", token, "--json")
         assert (found.code, found.document["error"]["code"]) == (3, "CLO-1211")
+
+
+def test_a_policy_is_signed_by_one_after_the_other_without_a_broker(tmp_path: Path) -> None:
+    file = a_file(tmp_path / "policy.yaml", JOB)
+    owner = run("policy", "sign", file, "--state", tmp_path / "owner", "--json").document
+    signed = tmp_path / "policy.yaml.signed"
+    assert (owner["file"], len(owner["signers"])) == (str(signed), 1)
+    both = run("policy", "sign", signed, "--state", tmp_path / "approver", "--json").document
+    assert both["file"] == str(signed)
+    assert set(both["signers"]) > set(owner["signers"])
+    again = run("policy", "sign", signed, "--state", tmp_path / "approver", "--json").document
+    assert again["signers"] == both["signers"]
+    assert SignedPolicy.verified(signed.read_bytes()).signers == set(both["signers"])
+    assert run("policy", "validate", signed).code == 0
+
+
+def test_a_policy_whose_cases_fail_is_not_signed(tmp_path: Path) -> None:
+    found = run("policy", "sign", a_file(tmp_path / "policy.yaml", WRONG), "--state", tmp_path / "owner", "--json")
+    assert (found.code, found.document["error"]["code"]) == (2, "CLO-1320")
+    assert not (tmp_path / "policy.yaml.signed").exists()
+
+
+def test_an_approval_is_made_without_a_broker_for_one_job_and_a_time(tmp_path: Path) -> None:
+    signer = run("key", "signer", "--state", tmp_path / "approver", "--json").document
+    document = policy_document()
+    document["spec"]["release"]["approvals"] = {"threshold": "1", "of": [signer["signer"]]}
+    file, out = tmp_path / "policy.yaml", tmp_path / "approval.json"
+    file.write_bytes(as_yaml(document))
+    options = ("--for", "2h", "-o", out, "--signing-key", signer["file"], "--json")
+    made = run("policy", "approve", file, "--model", "reviews", *options).document
+    assert (made["job"], made["purpose"], made["approver"]) == (f"{TENANT}/model/reviews", "serve", signer["signer"])
+    approval = SignedApproval.verified(out.read_bytes())
+    assert approval.statement.policy_digest == parse_policy(file.read_bytes()).digest
+    left = approval.statement.expires_ms / 1000 - time.time()
+    assert 7100 < left <= 7200
+
+
+@pytest.mark.parametrize("what", [(), ("--token", "t", "--index", "1"), ("--token", "t")])
+def test_what_is_to_be_explained_has_to_be_clear(what: tuple[str, ...]) -> None:
+    found = run("policy", "explain", *what, "--json")
+    assert (found.code, found.document["error"]["code"]) == (2, "CLO-1002")

@@ -17,6 +17,7 @@ from cloister.data.skeleton import put_together, take_apart
 from cloister.data.tensors import read_tensors, write_tensors
 from cloister.errors import CloisterError, Code
 from cloister.sealed.datakey import DataKey
+from cloister.sealed.directory import SealedDirectory
 from cloister.sealed.format import MODEL_SEGMENT_SIZE, AssociatedData, Header
 from cloister.sealed.stream import SealedReader, SealedWriter
 
@@ -66,6 +67,23 @@ def open_sealed(source: Path | BinaryIO, *, data_key: DataKey | None = None) -> 
         return ring.open(header.key_uri, key_version=header.key_version, wrapped=header.wrapped).secret
 
     return SealedReader(source, data_key=find)
+
+
+def open_directory(
+    path: Path, *, data_key: DataKey | None = None, manifest_digest: bytes | None = None
+) -> SealedDirectory:
+    """Open a sealed directory with the key that the process's keyring finds for it, or with the one given."""
+    if data_key is None:
+        peek = SealedDirectory.peek(path)
+        data_key = keyring.current().open(
+            peek.key_uri,
+            key_version=peek.key_version,
+            wrapped=peek.wrapped,
+            manifest_digest=peek.manifest_digest,
+        )
+        # Once more by digest: what the key was asked for is what is opened.
+        manifest_digest = manifest_digest or peek.manifest_digest
+    return SealedDirectory.open(path, data_key=data_key, manifest_digest=manifest_digest)
 
 
 def load_torch(file: SealedReader, *, map_location: Any = None) -> Any:

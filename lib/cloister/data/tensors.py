@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from cloister.errors import CloisterError, Code
@@ -90,7 +91,7 @@ def write_tensors(
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for key in order:
-        file.write(_memory(tensors[key].detach().cpu().contiguous()))
+        file.write(tensor_memory(tensors[key].detach().cpu().contiguous()))
 
 
 def load_tensors(
@@ -117,10 +118,29 @@ def read_tensors(
     loaded = {}
     for key, (type_name, shape) in entries.items():
         tensor = torch.empty(shape, dtype=getattr(torch, type_name))
-        if file.readinto(_memory(tensor)) != tensor.numel() * tensor.element_size():
+        if file.readinto(tensor_memory(tensor)) != tensor.numel() * tensor.element_size():
             raise _broken(name, f"it ends inside of tensor {key!r}")
         loaded[key] = tensor
     return loaded, metadata
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies in a file."""
+
+    type_name: str  # torch's, such as "float32"
+    shape: tuple[int, ...]
+    offset: int  # in the file, bytes
+
+
+def read_layout(file: SealedReader, name: str) -> dict[str, Place]:
+    """Return where the tensors of an open safetensors file lie; raise CloisterError(DATA_INVALID)."""
+    entries, _ = _read_header(file, name)
+    offset, places = file.tell(), {}
+    for key, (type_name, shape) in entries.items():
+        places[key] = Place(type_name, shape, offset)
+        offset += math.prod(shape) * _element_size(type_name)
+    return places
 
 
 def _read_header(file: SealedReader, name: str) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
@@ -169,7 +189,7 @@ def _compare(name: str, entries: Mapping[str, tuple[str, tuple[int, ...]]], like
             raise _broken(name, f"tensor {key!r} is {type_name} {list(shape)}, not {wanted}")
 
 
-def _memory(tensor: torch.Tensor) -> memoryview:
+def tensor_memory(tensor: torch.Tensor) -> memoryview:
     """Return a contiguous tensor's own bytes."""
     import torch
 

@@ -17,6 +17,7 @@ from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
 from cloister.secret import SecretBytes
 
+_marks: dict[str, Any] = {}  # facts about this process
 REDACTED: Final = "<redacted>"
 _MAX_DEPTH: Final = 6
 # Whole words of a field's name. "key_uri", "public_key" and "request_id" are facts; "private_key" is not.
@@ -44,6 +45,7 @@ def configure(
     The standard library's loggers (grpc, asyncio, torch) go the same way.
     """
     out = stream or sys.stderr
+    _marks.clear()
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -80,6 +82,11 @@ def configure(
     root.setLevel(max(level, logging.WARNING))
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
+
+
+def mark_every_line(**facts: Any) -> None:
+    """Put these facts on every line of this process from now on, whoever logs it."""
+    _marks.update(facts)
 
 
 def get_logger(**facts: Any) -> FilteringBoundLogger:
@@ -150,6 +157,7 @@ def _render_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
 def _name_service(service: str) -> structlog.typing.Processor:
     def add(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
         event["service"] = service
+        event.update(_marks)
         return event
 
     return add

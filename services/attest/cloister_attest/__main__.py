@@ -32,7 +32,7 @@ from cloister.runtime.database import Database
 from cloister.runtime.door import Door, DoorLimits
 from cloister.runtime.endpoints import write_endpoints
 from cloister.runtime.health import HealthState
-from cloister.runtime.logging import configure, get_logger
+from cloister.runtime.logging import configure, get_logger, mark_every_line
 from cloister.runtime.main import run_service
 from cloister.runtime.marks import Marks
 from cloister.runtime.metrics import MetricsServer, RpcMetrics
@@ -97,6 +97,7 @@ async def _open(
     )
     simulated.set(int(root.simulated))
     if root.simulated:
+        mark_every_line(simulated=True)
         get_logger().warning("quotes of simulated TDs are accepted", root_sha256=root.fingerprint.hex())
     state_dir = config.service.state_dir
     async with AsyncExitStack() as stack:

@@ -21,10 +21,9 @@ from typing import Final, TypeAlias
 from cloister.errors import CloisterError
 from cloister.keyuri import KeyUri
 from cloister.release.blocks import Block
-from cloister.release.keys import KeyState
 from cloister.runtime.logging import get_logger
 from cloister.transparency.entry import Entry
-from cloister_keybroker.backends import KeyRef
+from cloister_keybroker.backends import Capability, KeyRef
 from cloister_keybroker.backends.factory import Backends, backend_of
 from cloister_keybroker.keys import KeyRecord, KeyVersion
 from cloister_keybroker.retired import Retired
@@ -73,19 +72,24 @@ class Mover:
         async def remake(key: KeyRef, handle: bytes) -> bytes | None:
             return await self._backends.maintain(key, handle, now)
 
-        places = await self._store.read(lambda transaction: transaction.all_versions())
-        moved, problem = await self._each(places, remake, "rewrap")
+        moved, problem = 0, None
+        for name in self._names(Capability.EXPIRES):
+            versions = await self._store.read(partial(Transaction.versions_at, backend=name))
+            done, first = await self._each([(uri, number) for uri, number, _ in versions], remake, "rewrap")
+            moved, problem = moved + done, problem or first
         try:
-            await self._backends.reconcile(await self._store.read(_all_handles))
+            await self._backends.reconcile(
+                await self._store.read(partial(_handles, names=self._names(Capability.SPLIT)))
+            )
         except CloisterError as error:
             problem = problem or error
-            get_logger().warning("unused keys at a back end could not be looked for", problem=str(error))
+            get_logger().warning("keys that nothing uses were not looked for", problem=str(error))
         return Moved(moved, 0, problem)
 
     async def give_up(self) -> int:
         """Have back ends destroy the old places whose time is over; return how many they did."""
         done, now_ms = 0, self._now_ms()
-        for retired in await self._store.read(lambda transaction: _over(transaction, now_ms)):
+        for retired in await self._store.read(partial(_over, now_ms=now_ms)):
             try:
                 await self._backends.destroy(retired.key, retired.handle)
                 await self._store.write(partial(_forget, handle=retired.handle))
@@ -143,32 +147,30 @@ class Mover:
             raise
         return True
 
+    def _names(self, capability: Capability) -> list[str]:
+        return [backend.name for backend in self._backends.all() if capability in backend.capabilities]
+
     def _now_ms(self) -> int:
         return int(self._clock().timestamp() * 1000)
 
 
-def _over(transaction: Transaction, now_ms: int) -> list[Retired]:
+def _over(transaction: Transaction, *, now_ms: int) -> list[Retired]:
     """Return the old places whose time is over."""
-    found = []
-    for retired in transaction.retired.all():
-        age = timedelta(milliseconds=now_ms - retired.retired_ms)
-        if age >= GRACE and (age >= KEPT or _is_closed(transaction, retired.uri)):
-            found.append(retired)
-    return found
-
-
-def _is_closed(transaction: Transaction, uri: KeyUri) -> bool:
-    stored = transaction.key(uri)
-    return stored is not None and stored.record.state is not KeyState.ENABLED
+    kept_ms, closed_ms = (now_ms - int(time.total_seconds() * 1000) for time in (KEPT, GRACE))
+    return transaction.retired.over(kept_ms=kept_ms, closed_ms=closed_ms)
 
 
 def _forget(transaction: Transaction, *, handle: bytes) -> None:
     transaction.retired.remove(handle)
 
 
-def _all_handles(transaction: Transaction) -> list[bytes]:
-    present = [version.handle for record in transaction.all_records() for version in transaction.versions(record)]
-    return [*present, *(retired.handle for retired in transaction.retired.all())]
+def _handles(transaction: Transaction, *, names: list[str]) -> list[bytes]:
+    """Return what the store has of these back ends, old places among it."""
+    found = []
+    for name in names:
+        found += [handle for _, _, handle in transaction.versions_at(name)]
+        found += transaction.retired.handles_at(name)
+    return found
 
 
 def _entry(action: str, caller: str, record: KeyRecord, old: KeyVersion, new: KeyVersion) -> Entry:

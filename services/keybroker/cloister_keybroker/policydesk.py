@@ -33,6 +33,7 @@ from cloister_keybroker.workloads import GENERATE, RELEASE, RENEW, policy_in_for
 REQUESTS: Final = frozenset({RELEASE, GENERATE, RENEW})  # what a policy decides on
 MAX_REPLAYED: Final = 10_000  # requests of one replay: some ten seconds of one core
 _REPLAYED: Final = 1000
+_AT_ONCE: Final = 2  # replays; others wait, and releases are not kept waiting by many
 _BATCH: Final = 32  # requests read at once: the database's one thread is not held up for long
 
 
@@ -59,6 +60,7 @@ class PolicyDesk:
     def __init__(self, store: KeyStore, credentials: CredentialSource) -> None:
         self._store = store
         self._credentials = credentials
+        self._replays = asyncio.Semaphore(_AT_ONCE)
 
     async def explain_token(
         self, tenant: str, *, policy_yaml: bytes, key_uri: str, token: str, purpose: Purpose | None, now: datetime
@@ -98,8 +100,9 @@ class PolicyDesk:
 
         kept = await self._store.read(read)
         entry = kept.logged.entry
-        if entry.action not in REQUESTS:
-            raise argument_error("index", f"an entry of {entry.action}", f"that of {', '.join(sorted(REQUESTS))}")
+        if not _is_request(kept.logged):
+            wanted = f"a workload's {' or '.join(sorted(REQUESTS))}"
+            raise argument_error("index", f"the entry of {entry.action} by {entry.caller}", wanted)
         policy = await self._policy(tenant, policy_yaml, key_uri or entry.key_uri)
         if str(policy.key) != entry.key_uri:
             raise argument_error("policy_yaml", f"a policy of {policy.key}", f"one of {entry.key_uri}, as the request")
@@ -119,14 +122,15 @@ class PolicyDesk:
             entries = list(transaction.log.preceding(tenant, key_uri=str(policy.key), before=before, limit=_BATCH))
             young = [logged for logged in entries if since is None or _time(logged) >= since]
             goes_on = entries[-1].index if len(young) == _BATCH else 0
-            return goes_on, [_kept(transaction, logged) for logged in young if logged.entry.action in REQUESTS]
+            return goes_on, [_kept(transaction, logged) for logged in young if _is_request(logged)]
 
-        while before and left:
-            before, found = await self._store.read(read)
-            found = found[:left]
-            left -= len(found)
-            for decided in await asyncio.to_thread(_replayed, policy, found):
-                yield decided
+        async with self._replays:
+            while before and left:
+                before, found = await self._store.read(read)
+                found = found[:left]
+                left -= len(found)
+                for decided in await asyncio.to_thread(_replayed, policy, found):
+                    yield decided
 
     async def _policy(self, tenant: str, policy_yaml: bytes, key_uri: str) -> ReleasePolicy:
         """Return the policy that was sent, or the one in force for a key of this tenant."""
@@ -158,6 +162,12 @@ class PolicyDesk:
 
 def _rejected(rejected: TokenRejected) -> Block:
     return Block("token", False, f"token.{rejected.check}", rejected.reason)
+
+
+def _is_request(logged: LoggedEntry) -> bool:
+    """Say whether an entry is of a workload that asked for a data key: owners make data keys, too."""
+    entry = logged.entry
+    return entry.action in REQUESTS and SpiffeId.parse(entry.caller).role in ROLE_PURPOSES
 
 
 def _kept(transaction: Transaction, logged: LoggedEntry) -> _Kept:

@@ -10,7 +10,6 @@ whoever could add one could have the broker destroy keys.
 from __future__ import annotations
 
 import hmac
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,8 +30,11 @@ CREATE TABLE retired_handles (
   retired_ms INTEGER NOT NULL,
   mac BLOB NOT NULL
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX retired_handles_by_time ON retired_handles (retired_ms);
 """
+
+_COLUMNS: Final = ", ".join(
+    f"retired_handles.{name}" for name in ("uri", "version", "handle", "backend", "retired_ms", "mac")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +75,32 @@ class RetiredHandles:
         )
 
     def all(self) -> list[Retired]:
-        """Return them, oldest first; raise STORE_DAMAGED when a row is not of this broker."""
-        rows: list[Any] = self._connection.execute(
-            "SELECT uri, version, handle, backend, retired_ms, mac FROM retired_handles ORDER BY retired_ms"
-        ).fetchall()
+        """Return them; raise STORE_DAMAGED when a row is not of this broker."""
+        return self._authentic(f"SELECT {_COLUMNS} FROM retired_handles", ())  # noqa: S608 - a constant
+
+    def over(self, *, closed_ms: int, kept_ms: int) -> list[Retired]:
+        """Return those that were retired by `kept_ms`, or by `closed_ms` when their key is not enabled any more."""
+        return self._authentic(
+            f"SELECT {_COLUMNS} FROM retired_handles JOIN keys USING (uri)"  # noqa: S608 - a constant
+            " WHERE retired_ms <= ? OR (retired_ms <= ? AND state <> 'enabled')",
+            (kept_ms, closed_ms),
+        )
+
+    def remove(self, handle: bytes) -> None:
+        """Forget a handle whose back end has forgotten its part."""
+        self._connection.execute("DELETE FROM retired_handles WHERE handle = ?", (handle,))
+
+    def by_backend(self) -> dict[str, int]:
+        """Count them by back end."""
+        return dict(self._connection.execute("SELECT backend, count(*) FROM retired_handles GROUP BY backend"))
+
+    def handles_at(self, backend: str) -> list[bytes]:
+        """Return those that a back end made, as they stand there."""
+        rows = self._connection.execute("SELECT handle FROM retired_handles WHERE backend = ?", (backend,))
+        return [handle for (handle,) in rows]
+
+    def _authentic(self, query: str, values: tuple[int, ...]) -> list[Retired]:
+        rows: list[Any] = self._connection.execute(query, values).fetchall()
         found = []
         for uri, version, handle, backend, moment, mac in rows:
             retired = Retired(KeyUri.parse(uri), version, handle, backend, moment)
@@ -84,14 +108,6 @@ class RetiredHandles:
                 raise handle_damaged(retired.key)
             found.append(retired)
         return found
-
-    def remove(self, handle: bytes) -> None:
-        """Forget a handle whose back end has forgotten its part."""
-        self._connection.execute("DELETE FROM retired_handles WHERE handle = ?", (handle,))
-
-    def by_backend(self) -> Counter[str]:
-        """Count them by back end."""
-        return Counter(retired.backend for retired in self.all())
 
     def _mac(self, retired: Retired) -> bytes:
         return self._root_key.mac(

@@ -216,6 +216,10 @@ class KeyStore:
 
         return await self._database.write(work)
 
+    async def fold(self) -> None:
+        """Leave nothing of deleted rows in the file or in the log beside it."""
+        await self._database.fold()
+
     def close(self) -> None:
         """Close the file."""
         self._database.close()

@@ -267,10 +267,12 @@ class Transaction:
         )
         return [(KeyUri.parse(uri), version) for uri, version in rows]
 
-    def all_versions(self) -> list[tuple[KeyUri, int]]:
-        """Return every key version of every tenant."""
-        rows: list[Any] = self._connection.execute("SELECT uri, version FROM key_versions").fetchall()
-        return [(KeyUri.parse(uri), version) for uri, version in rows]
+    def versions_at(self, backend: str) -> list[tuple[KeyUri, int, bytes]]:
+        """Return the key versions of a back end with their handles, as they stand there: nothing is authenticated."""
+        rows: list[Any] = self._connection.execute(
+            "SELECT uri, version, handle FROM key_versions WHERE backend = ?", (backend,)
+        ).fetchall()
+        return [(KeyUri.parse(uri), version, handle) for uri, version, handle in rows]
 
     def versions_by_backend(self) -> dict[str, int]:
         """Count key versions by back end."""

@@ -133,7 +133,10 @@ class Pkcs11Custodian:
         await self._run(lambda: self._session.generate_random(8))
 
     async def aclose(self) -> None:
-        await self._workers.run(self._close_session)
+        try:
+            await self._workers.run(self._close_session)
+        except CloisterError as error:  # a token that hangs must not keep the rest from closing
+            get_logger().info("a PKCS#11 session did not close", backend=self.name, problem=str(error))
 
     async def _run(self, work: Callable[[], _T]) -> _T:
         return await self._workers.run(lambda: self._attempt(work))

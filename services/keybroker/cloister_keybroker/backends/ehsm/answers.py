@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn, Self
 
 from cloister import ehsm
@@ -84,7 +84,7 @@ class Answer:
     code: int
     message: str | None  # None when it is missing or no text
     has_message: bool
-    result: Mapping[str, Any]
+    result: Mapping[str, Any] = field(repr=False)  # of Decrypt it holds a part
 
     @classmethod
     def parse(cls, data: bytes, *, limit: int = MAX_ANSWER) -> Self:

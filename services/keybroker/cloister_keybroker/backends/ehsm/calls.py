@@ -12,7 +12,7 @@ import enum
 import json
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from cloister import ehsm
@@ -48,7 +48,7 @@ class Request:
     """What to ask for."""
 
     action: str
-    payload: Mapping[str, str | int] | None = None
+    payload: Mapping[str, str | int] | None = field(default=None, repr=False)  # of Encrypt it holds a part
     kind: Kind = Kind.CHANGE
     again: bool = True  # it may be done twice
     signed: bool = True  # else a GET

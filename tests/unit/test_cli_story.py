@@ -109,7 +109,11 @@ class TestConfiguration:
         texts = {
             AttestConfig: stackconfig.attest_config(places, options, digests=digests, user_spki_sha256=64 * "0"),
             KeybrokerConfig: stackconfig.keybroker_config(
-                places, options, attest_enrolment=attest["enrolment"], root_key=tmp_path / "root.key"
+                places,
+                options,
+                attest_enrolment=attest["enrolment"],
+                root_key=tmp_path / "root.key",
+                backends=["ehsm:https://127.0.0.1:9000", "embedded:"],
             ),
             TrainerConfig: stackconfig.trainer_config(places, options, attest=attest, keybroker="127.0.0.1:3"),
             GatewayConfig: stackconfig.gateway_config(places, options, attest=attest, keybroker="127.0.0.1:3"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from cloister.errors import CloisterError, Code
@@ -95,6 +96,7 @@ class SpiffeId:
         return found
 
     @classmethod
+    @lru_cache(maxsize=4096)  # the same few callers, again and again
     def _parse(cls, text: str) -> SpiffeId | None:
         scheme, _, rest = text.partition("://")
         domain, *path = rest.split("/")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +26,17 @@ from cloister.identity import Role
 from cloister.tlv import sha384
 from cloister_sim.collateral import EVALUATION_NUMBER
 from cloister_sim.platform import SimulatedPlatform
-from fakes.attest_harness import ATTEST_ID, ENVIRONMENT, TRUST_DOMAIN, LocalAttest, local_attest
+from fakes.attest_harness import (
+    ATTEST_ID,
+    CONFIG,
+    ENVIRONMENT,
+    JOB,
+    MANIFEST,
+    SCRIPT,
+    TRUST_DOMAIN,
+    LocalAttest,
+    local_attest,
+)
 from fakes.sim_collateral import collateral_of
 
 MR_TD = sha384(b"simulated virtual firmware")
@@ -243,6 +254,30 @@ async def test_an_environment_is_among_the_listed_ones() -> None:
         await enrol(attest)
     with judged_by(a_policy(f'  workload: {{environment: ["sha384:{OTHER}"]}}\n')) as attest:
         assert (await refusal(attest))[0] == ["workload.environment"]
+
+
+@pytest.mark.parametrize("name", ["script", "config"])
+async def test_code_and_configuration_are_among_the_listed_ones(name: str) -> None:
+    measured = {"script": SCRIPT, "config": CONFIG}[name].hex()
+    with judged_by(a_policy(f'  workload: {{{name}: ["sha384:{OTHER}", "sha384:{measured}"]}}\n')) as attest:
+        await enrol(attest)
+    with judged_by(a_policy(f'  workload: {{{name}: ["sha384:{OTHER}"]}}\n')) as attest:
+        assert (await refusal(attest))[0] == [f"workload.{name}"]
+
+
+async def test_a_workload_reads_no_data_but_the_listed() -> None:
+    for allowed, refused in (
+        (f'["sha384:{MANIFEST.hex()}", "sha384:{OTHER}"]', []),
+        (f'["sha384:{OTHER}"]', ["workload.datasets"]),
+        ("[]", ["workload.datasets"]),
+    ):
+        with judged_by(a_policy(f"  workload: {{datasets: {allowed}}}\n")) as attest:
+            await attest.registry.register_job(JOB)
+            await enrol(attest)  # a trainer reads none
+            with contextlib.suppress(CloisterError):
+                await attest.enrolment.attest(await attest.request(attest.td(Role.RANK)))
+            verdict = (await attest.verdicts.newest(limit=1))[0]
+            assert [check.name for check in verdict.checks if not check.ok] == refused
 
 
 async def test_a_reference_set_that_is_unknown_old_silent_or_other_allows_nothing() -> None:

@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from fakes.attest_harness import (
     local_attest,
     spki,
 )
+from fakes.sim_collateral import collateral_of
 
 
 @pytest.fixture
@@ -95,6 +97,18 @@ async def test_a_nonce_is_good_until_its_end_and_not_after(attest: LocalAttest) 
     await attest.enrolment.attest(request)
     request = await attest.request(attest.td(Role.TRAINER))
     attest.clock.turn(seconds=60)
+    assert await refused(attest, request, Code.NONCE_UNKNOWN) == "nonce.unexpired"
+
+
+async def test_a_clock_that_is_set_neither_ends_a_nonce_nor_brings_one_back(attest: LocalAttest) -> None:
+    attest.source.change(collateral_of(attest.platform, attest.clock() - timedelta(minutes=10)))
+    began = attest.clock()
+    request = await attest.request(attest.td(Role.TRAINER))
+    attest.clock.set_to(began + timedelta(minutes=5))
+    await attest.enrolment.attest(request)
+    request = await attest.request(attest.td(Role.TRAINER))
+    attest.clock.turn(seconds=60)
+    attest.clock.set_to(began)
     assert await refused(attest, request, Code.NONCE_UNKNOWN) == "nonce.unexpired"
 
 

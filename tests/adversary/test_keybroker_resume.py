@@ -74,7 +74,9 @@ async def test_a_signature_for_export_or_for_sealing_is_good_for_that_only(tmp_p
         await broker.create_key()
         answer, _ = await broker.generate()
         assert (await refusal(broker.resume_key(answer.wrapped, purpose="export"))).code is Code.SIGNATURE_INVALID
-        assert (await refusal(broker.open_key(answer.wrapped, purpose="seal"))).code is Code.SIGNATURE_INVALID
+        assert (
+            await refusal(broker.open_key(answer.wrapped, signed={"purpose": "seal"}))
+        ).code is Code.SIGNATURE_INVALID
 
 
 async def test_a_disabled_key_and_another_key_give_nothing(tmp_path: Path) -> None:

@@ -48,10 +48,10 @@ async def keys_of_the_store(path: Path, root_key: RootKey) -> list[SecretBytes]:
     """Return what only the root key opens: wrapping keys of all versions, and the log's key."""
     store = await KeyStore.open(path, root_key)
     backend, found = EmbeddedBackend(root_key), []
-    for uri, number in await store.read(lambda transaction: transaction.all_versions()):
-        stored = await store.read(lambda t, uri=uri, number=number: t.key(uri, version=number))
+    for uri, number, handle in await store.read(lambda transaction: transaction.versions_at(backend.name)):
+        stored = await store.read(lambda t, uri=uri: t.key(uri))
         assert stored is not None
-        found.append(await backend.wrapping_key(KeyRef.of(stored.record, number), stored.material().handle))
+        found.append(await backend.wrapping_key(KeyRef.of(stored.record, number), handle))
     log_key = await store._database.read(lambda connection: logkey.load(connection, root_key))
     store.close()
     assert log_key is not None

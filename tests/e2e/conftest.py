@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,13 +47,16 @@ class Shell:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+        for line in self.processes():  # a stack that was to stay
+            with suppress(ProcessLookupError):
+                os.kill(int(line.partition(":")[0]), signal.SIGKILL)
 
     def argv(self, *arguments: str | Path) -> list[str]:
         return [sys.executable, "-m", "cloister.cli.main", "--state", str(self.state), *map(str, arguments)]
 
-    def run(self, *arguments: str | Path, expect: int = 0) -> Ended:
+    def run(self, *arguments: str | Path, expect: int = 0, timeout_s: float = TIMEOUT_S) -> Ended:
         done = subprocess.run(
-            self.argv(*arguments), capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+            self.argv(*arguments), capture_output=True, text=True, timeout=timeout_s, check=False,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
         ended = Ended(done.returncode, done.stdout, done.stderr)
@@ -59,10 +64,10 @@ class Shell:
         assert "Traceback" not in ended.err
         return ended
 
-    def json(self, *arguments: str | Path, expect: int = 0) -> Any:
+    def json(self, *arguments: str | Path, expect: int = 0, timeout_s: float = TIMEOUT_S) -> Any:
         # Before the command's own end: what stands behind `--` is a job's.
         at = arguments.index("--") if "--" in arguments else len(arguments)
-        return self.run(*arguments[:at], "--json", *arguments[at:], expect=expect).document()
+        return self.run(*arguments[:at], "--json", *arguments[at:], expect=expect, timeout_s=timeout_s).document()
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
         """Start a command in the foreground; its stderr comes along with its stdout."""

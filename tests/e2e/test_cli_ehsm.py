@@ -14,8 +14,9 @@ from .conftest import TINY, Shell, wait_for_line
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # the whole demo, and a second stack
 def test_the_demo_runs_with_its_keys_behind_ehsm_and_later_stacks_still_open_them(shell: Shell) -> None:
-    document = shell.json("demo", "--kms", "ehsm", "--rows", "240", "--keep", "--", *TINY)
+    document = shell.json("demo", "--kms", "ehsm", "--rows", "240", "--keep", "--", *TINY, timeout_s=200)
     assert 0 <= document["results"]["test_accuracy"] <= 1
     status = shell.json("broker", "status")
     assert (status["backend"], status["healthy"], status["versions"]) == ("ehsm", True, ["ehsm: 2"])

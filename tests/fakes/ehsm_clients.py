@@ -33,6 +33,7 @@ class RawClient:
         self.appid = ""
         self.api_key = ""
         self.skew_ms = 0
+        self._last_ms = 0
 
     async def __aenter__(self) -> Any:
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self._tls))
@@ -67,7 +68,10 @@ class RawClient:
             return response.status, await response.read()
 
     def now(self) -> str:
-        return str(int(time.time() * 1000) + self.skew_ms)
+        # No millisecond twice: without a nonce a request would be taken for a replay.
+        now_ms = int(time.time() * 1000) + self.skew_ms
+        self._last_ms = self._last_ms + 1 if 0 <= self._last_ms - now_ms < 1000 else now_ms
+        return str(self._last_ms)
 
     def signed(self, body: dict[str, Any]) -> dict[str, Any]:
         """Add the signature over sorted members, joined with "&"; a payload is flat."""

@@ -378,9 +378,9 @@ async def a_broker(
 
 
 @asynccontextmanager
-async def a_served_broker(directory: Path) -> AsyncIterator[tuple[Broker, str]]:
+async def a_served_broker(directory: Path, clock: Clock | None = None) -> AsyncIterator[tuple[Broker, str]]:
     """Give a broker behind a real server with mutual TLS, and its endpoint."""
-    async with a_broker(directory) as broker:
+    async with a_broker(directory, clock) as broker:
         server = GrpcServer(
             section="127.0.0.1:0",
             credentials=broker.ca.credentials(Role.KEYBROKER),

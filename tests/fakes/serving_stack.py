@@ -65,7 +65,9 @@ class Stack:
         command += ["--state-dir", str(self.state.service_directory("keybroker"))]
         subprocess.run(command, check=True, capture_output=True)
         enrolment = self.endpoints["attest"]["enrolment"]
-        broker = stackconfig.keybroker_config(self.places, self.options, attest_enrolment=enrolment, root_key=root_key)
+        broker = stackconfig.keybroker_config(
+            self.places, self.options, attest_enrolment=enrolment, root_key=root_key, backends=["embedded:"]
+        )
         await self._service("keybroker", broker)
         await ensure_certificate(self.state, enrolment=enrolment)
 
@@ -76,7 +78,9 @@ class Stack:
         )
         await self._service("gateway", config)
 
-    async def create_key(self, handler: bytes, *, purposes: tuple[str, ...] = ("serve",), uri: str = KEY_URI) -> None:
+    async def create_key(
+        self, handler: bytes, *, purposes: tuple[str, ...] = ("serve",), uri: str = KEY_URI, lease: str = "1h"
+    ) -> None:
         """Create a key that is released to backends of this handler."""
         policy = PolicyDraft(
             name="serve",
@@ -86,6 +90,7 @@ class Stack:
             scripts=[f"sha384:{sha384(handler).hex()}"],
             identities=[f"spiffe://{self.options.trust_domain}/ns/demo/model/*/backend/*"],
             simulated=True,
+            lease=lease,
         )
         await self.owner.create_key(uri, purposes=list(purposes), policy=policy.to_yaml().encode())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fuzz envelopes and did:key: bytes end in one of two errors, or verify to the same payload and signer.
+"""Fuzz envelopes, statements and did:key: bytes end in one of two errors, or verify to what was signed.
 
 Run: python tests/fuzz/fuzz_dsse.py
 """
@@ -14,11 +14,19 @@ with atheris.instrument_imports(include=["cloister"]):
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from cloister.didkey import did_key, is_did_key, parse_did_key
-    from cloister.dsse import RELEASE_POLICY, Envelope, sign
+    from cloister.dsse import OPEN_REQUEST, PROVISIONING, RELEASE_POLICY, Envelope, sign
     from cloister.errors import CloisterError, Code
+    from cloister.keyuri import KeyUri
+    from cloister.provisioning import OpenRequest, Provisioning
+    from cloister.release.keys import Purpose
 
 _KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 _SEED = sign(RELEASE_POLICY, b"kind: ReleasePolicy", _KEY).to_bytes()
+_STATEMENT = Envelope.parse(
+    Provisioning(
+        uri=KeyUri("a", "b"), owner="spiffe://t/ns/a/user/u", signer=did_key(_KEY), purposes=frozenset(Purpose)
+    ).signed(_KEY)
+).payload
 _EXPECTED = {Code.ENVELOPE_INVALID, Code.SIGNATURE_INVALID}
 
 
@@ -32,6 +40,21 @@ def one_input(data: bytes) -> None:
         place, cut = int.from_bytes(data[:2], "big") % len(_SEED), data[2]
         if parse(_SEED[:place] + data[3:] + _SEED[place + cut :]) not in (None, b"kind: ReleasePolicy"):
             raise AssertionError("a payload that nobody signed")
+        place = place % len(_STATEMENT)
+        statements(_STATEMENT[:place] + data[3:] + _STATEMENT[place + cut :])
+
+
+def statements(payload: bytes) -> None:
+    """Read a signed payload as each kind of statement: what is read says the same when it is signed again."""
+    for kind, statement in ((PROVISIONING, Provisioning), (OPEN_REQUEST, OpenRequest)):
+        try:
+            found = statement.verified(sign(kind, payload, _KEY).to_bytes())
+        except CloisterError as error:
+            if error.code not in _EXPECTED:
+                raise
+        else:
+            if statement.verified(found.signed(_KEY)) != found:
+                raise AssertionError("a statement that does not read back")
 
 
 def parse(data: bytes) -> bytes | None:

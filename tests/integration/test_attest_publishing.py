@@ -64,6 +64,27 @@ async def test_the_token_keys_are_served_over_https(attest: AttestProcess) -> No
             await client.get(url, server_hostname=f"attest.{TRUST_DOMAIN}")  # the system knows no such CA
 
 
+async def test_everything_about_simulated_platforms_says_so(attest: AttestProcess) -> None:
+    trainer = await attest.service(Role.TRAINER)
+    assert (await trainer.attested()).ear.tee.simulated
+    async with open_enrolment_channel(attest.endpoints["enrolment"], bundle=attest.bundle) as channel:
+        stub = attest_pb2_grpc.EnrolmentServiceStub(channel)
+        with pytest.raises(CloisterError):  # before anything of a platform is looked at
+            await invoke(stub.Attest, attest_pb2.AttestRequest(), timeout_s=10, what="enrol with nothing")
+    found = await verdicts(attest, trainer)
+    assert {verdict.accepted for verdict in found} == {True, False}
+    assert all(verdict.simulated for verdict in found)
+    await trainer.aclose()
+
+    logged = [json.loads(line) for line in attest.log().splitlines() if line.startswith("{")]
+    assert {"quotes of simulated TDs are accepted", "enrolment accepted", "enrolment refused", "rpc"} <= {
+        line["event"] for line in logged
+    }
+    assert [line for line in logged if line["service"] == "attest" and line.get("simulated") is not True] == []
+    async with aiohttp.ClientSession() as client, client.get(f"http://{attest.endpoints['metrics']}/metrics") as answer:
+        assert "cloister_attest_simulated_root 1.0" in await answer.text()
+
+
 async def test_a_verdict_of_a_running_attest_is_made_again_offline(attest: AttestProcess, tmp_path: Path) -> None:
     trainer = await attest.service(Role.TRAINER)
     found = next(v for v in await verdicts(attest, trainer) if v.spiffe_id.endswith("/trainer"))

@@ -32,7 +32,7 @@ spec:
   td: {{features: [], migratable: allow, service_tds: ["{HEX}"]}}
   platforms: {{fmspc: [b0c06f000000], piid: [{"05" * 16}]}}
   measurements: {{mr_td: ["{HEX}"], rtmr1: {{set: firmware, min_version: 3}}, mr_owner: {{set: owners}}}}
-  workload: {{environment: ["sha384:{HEX}"]}}
+  workload: {{environment: ["sha384:{HEX}"], script: ["sha384:{HEX}", "sha384:{"0b" * 48}"], datasets: []}}
 """
 SET = f"""
 apiVersion: cloister.dev/v1
@@ -57,7 +57,11 @@ def test_every_block_is_read() -> None:
         "rtmr1": NamedSet("firmware", 3),
         "mr_owner": NamedSet("owners", 1),
     }
-    assert policy.environments == (bytes.fromhex(HEX),)
+    assert policy.workload == {
+        "environment": (bytes.fromhex(HEX),),
+        "script": (bytes.fromhex(HEX), b"\x0b" * 48),
+        "datasets": (),
+    }
 
 
 def test_what_is_left_out_is_strict() -> None:
@@ -96,6 +100,9 @@ def test_a_digest_is_of_what_a_policy_says_and_not_of_how_it_is_written() -> Non
         ("{set: owners}", "{}", "spec.measurements.mr_owner.set"),
         ("{set: owners}", "[]", "spec.measurements.mr_owner"),
         ("  workload:", "  workloads:", "spec.workloads"),
+        ("{environment: [", "{image: [", "spec.workload.image"),
+        ("datasets: []", "config: []", "spec.workload.config"),
+        ('script: ["sha384:', 'script: ["sha256:', "spec.workload.script[0]"),
     ],
 )
 def test_what_is_not_allowed_is_an_error_with_its_place(right: str, wrong: str, place: str) -> None:
@@ -107,7 +114,16 @@ def test_what_is_not_allowed_is_an_error_with_its_place(right: str, wrong: str, 
     assert caught.value.todo
 
 
-@pytest.mark.parametrize("spec", ["{tcb: {status: [UpToDate]}, measurements: {}}", "{}", "[]"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "{tcb: {status: [UpToDate]}, measurements: {}}",
+        "{tcb: {status: [UpToDate]}, workload: {}}",
+        "{tcb: {status: [UpToDate]}, event_log: {}}",
+        "{}",
+        "[]",
+    ],
+)
 def test_empty_blocks_are_errors(spec: str) -> None:
     head = "apiVersion: cloister.dev/v1\nkind: AppraisalPolicy\nmetadata: {name: x, version: 1}\n"
     with pytest.raises(CloisterError) as caught:

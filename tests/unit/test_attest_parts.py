@@ -54,23 +54,28 @@ def code_of(error: pytest.ExceptionInfo[CloisterError]) -> Code:
 
 
 def test_a_nonce_is_taken_once() -> None:
-    nonces = Nonces(timedelta(seconds=60))
-    nonce = nonces.give(role="rank", now=NOW)
+    time_s = [5.0]
+    nonces = Nonces(timedelta(seconds=60), lambda: time_s[0])
+    nonce = nonces.give(role="rank")
     assert len(nonce) == 32
+    time_s[0] = 12.5
     taken = nonces.take(nonce)
     assert taken is not None
-    assert (taken.role, taken.expires_at) == ("rank", NOW + timedelta(seconds=60))
+    assert (taken.role, taken.age_s) == ("rank", 7.5)
     assert nonces.take(nonce) is None
 
 
 def test_outstanding_nonces_are_bounded_and_expired_ones_make_room() -> None:
-    nonces = Nonces(timedelta(seconds=60), limit=3)
+    time_s = [0.0]
+    nonces = Nonces(timedelta(seconds=60), lambda: time_s[0], limit=3)
     for _ in range(3):
-        nonces.give(role="rank", now=NOW)
+        nonces.give(role="rank")
+    time_s[0] = 59.0
     with pytest.raises(CloisterError) as caught:
-        nonces.give(role="rank", now=NOW + timedelta(seconds=59))
+        nonces.give(role="rank")
     assert code_of(caught) is Code.RATE_LIMITED
-    assert nonces.give(role="rank", now=NOW + timedelta(seconds=60))
+    time_s[0] = 60.0
+    assert nonces.give(role="rank")
 
 
 async def test_a_restart_is_a_new_epoch_in_which_no_nonce_of_before_counts() -> None:

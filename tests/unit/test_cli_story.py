@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import threading
@@ -24,7 +23,7 @@ from cloister.cli.launch import refuse_taken_ports
 from cloister.cli.options import parse_assignment
 from cloister.cli.policyfile import PolicyDraft
 from cloister.cli.report import CertificateRow, RunReport, ServiceEvidence, render_report
-from cloister.cli.sealing import Step, stoppable, whole_or_nothing
+from cloister.cli.sealedfiles import Step, stoppable
 from cloister.cli.stack import last_words, readable
 from cloister.cli.stackconfig import StackOptions
 from cloister.cli.state import StateDirectory
@@ -110,7 +109,11 @@ class TestConfiguration:
         texts = {
             AttestConfig: stackconfig.attest_config(places, options, digests=digests, user_spki_sha256=64 * "0"),
             KeybrokerConfig: stackconfig.keybroker_config(
-                places, options, attest_enrolment=attest["enrolment"], root_key=tmp_path / "root.key"
+                places,
+                options,
+                attest_enrolment=attest["enrolment"],
+                root_key=tmp_path / "root.key",
+                backends=["ehsm:https://127.0.0.1:9000", "embedded:"],
             ),
             TrainerConfig: stackconfig.trainer_config(places, options, attest=attest, keybroker="127.0.0.1:3"),
             GatewayConfig: stackconfig.gateway_config(places, options, attest=attest, keybroker="127.0.0.1:3"),
@@ -306,14 +309,6 @@ class TestCutShort:
 
         with pytest.raises(CloisterError):
             await stoppable(work, lambda _done: None)
-
-    def test_what_was_half_made_is_removed_and_what_is_whole_stays(self, tmp_path: Path) -> None:
-        for name, error in (("half", CloisterError(Code.DISK_FULL, what="full")), ("whole", None)):
-            with contextlib.suppress(CloisterError), whole_or_nothing(tmp_path / name):
-                (tmp_path / name).mkdir()
-                if error:
-                    raise error
-        assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
 class TestSearchForPlaintext:

@@ -140,6 +140,24 @@ async def test_a_key_is_destroyed_after_its_waiting_period_and_not_before(broker
     assert (await actions(broker))[-3:] == [("destroy", True), ("release", False), ("open", False)]
 
 
+async def test_nothing_of_a_destroyed_key_is_left_in_the_stores_files(tmp_path: Path) -> None:
+    async with a_broker(tmp_path, Clock()) as broker:
+        await broker.create_key()
+        await broker.create_key(uri=OTHER_KEY)
+        handles = [(await broker.owners.get(owner(), uri)).material().handle for uri in (KEY, OTHER_KEY)]
+        await broker.destruction.schedule(owner(), KEY, MONTH)
+        handles.append((await broker.owners.get(owner(), KEY)).material().handle)
+
+        def found() -> list[bool]:
+            content = b"".join(path.read_bytes() for path in tmp_path.glob("store.sqlite*"))
+            return [handle in content for handle in handles]
+
+        assert found() == [True, True, True]
+        broker.clock.advance(days=30)
+        await broker.destruction.carry_out()
+        assert found() == [False, True, False]
+
+
 async def test_a_destruction_is_called_off_within_its_waiting_period(broker: Broker) -> None:
     await broker.create_key()
     made, secret = await broker.generate()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from cloister.didkey import did_key
 from cloister.errors import CloisterError, Code
 from cloister.hpke import KEM_MLKEM768_X25519
 from cloister.policyblocks import TCB_STATUSES, canonical, digest_of
+from cloister.release.cases import check_cases
 from cloister.release.keys import Purpose
 from cloister.release.policy import MEASUREMENTS, WRAPS, ApprovalRule, SpiffeGlob, parse_policy
 from fakes.keybroker_harness import KEY, OWNER, Document, as_yaml, policy_document
@@ -96,7 +97,7 @@ def test_the_examples_of_the_reference_page_are_what_the_broker_accepts() -> Non
     examples = re.findall(r"^```yaml\n(apiVersion.*?)^```$", page, re.DOTALL | re.MULTILINE)
     assert len(examples) >= 3
     for example in examples:
-        parse_policy(example.encode())
+        check_cases(parse_policy(example.encode()), datetime(2026, 11, 1, tzinfo=UTC))
 
 
 def test_every_block_of_the_language_is_on_the_reference_page() -> None:

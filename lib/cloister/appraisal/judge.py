@@ -8,7 +8,7 @@ collateral.age                                how long ago the newest word about
 platform.fmspc, platform.piid                 which machines
 measurements.<register>                       what was launched; rtmr3 as it was when the workload was sealed
 event-log.required, .forbidden, .order, .closed   how: events of the log, which has replayed (cloister.appraisal.events)
-workload.environment                          what it runs on
+workload.environment, .script, .config, .datasets   what runs, on what, over what
 
 All of them are made, so that a report shows all that is wrong; all that the policy assigns must hold.
 """
@@ -151,8 +151,14 @@ def _measurements(
 
 
 def _workload(workload: Workload, policy: TdPolicy) -> Iterator[Check]:
-    if policy.environments is not None:
-        yield _one_of("workload.environment", workload.environment, policy.environments)
+    for name, allowed in policy.workload.items():
+        if name != "datasets":
+            yield _one_of(f"workload.{name}", getattr(workload, name), allowed)
+            continue
+        others = [digest for digest in workload.datasets if not _is_one_of(digest, allowed)]
+        wanted = "no others than " + (", ".join(one.hex() for one in allowed) or "none")
+        got = ", ".join(one.hex() for one in workload.datasets) or "none"
+        yield Check("workload.datasets", not others, wanted, got)
 
 
 def _vector(verdict: Verdict, *, stale: bool) -> Mapping[str, int]:

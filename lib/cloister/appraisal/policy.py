@@ -11,7 +11,7 @@
       platforms: {fmspc: [b0c06f000000], piid: ["..."]}
       measurements: {mr_td: ["..."], rtmr1: {set: firmware, min_version: 3}}
       event_log: {required: [{register: rtmr1, type: EV_EFI_ACTION, digests: ["..."]}]}     # cloister.appraisal.events
-      workload: {environment: ["sha384:..."]}
+      workload: {environment: ["sha384:..."], script: ["..."], config: ["..."], datasets: ["..."]}
 
 All that is assigned must hold. Debug, profiling, a host that can inject exceptions, unknown XFAM bits and a revoked
 platform are refused by every policy: there is no key that allows them. Reading is closed as for release policies.
@@ -40,6 +40,8 @@ from cloister.policyblocks import (
 from cloister.tdx.tcbinfo import TcbStatus
 
 KIND: Final = "AppraisalPolicy"
+# Measured into RTMR3 (cloister.tdx.workload): what a workload runs on, its code, its configuration, its data.
+WORKLOAD: Final = ("environment", "script", "config", "datasets")
 _FEATURES: Final = ("PKS", "KL", "LASS", "ICSSD", "PERFMON")
 _DEFAULT_FEATURES: Final = frozenset({"PKS"})
 _NAME: Final = "a name of [a-z0-9-], 1 to 63 long"
@@ -72,7 +74,7 @@ class TdPolicy:
     piids: tuple[bytes, ...] | None  # 16 bytes each
     measurements: Mapping[str, tuple[bytes, ...] | NamedSet]
     events: EventRules | None
-    environments: tuple[bytes, ...] | None  # 48 bytes each
+    workload: Mapping[str, tuple[bytes, ...]]  # of WORKLOAD: 48 bytes each
     digest: bytes  # 48 bytes, of the canonical form
     source: bytes  # the file
 
@@ -98,7 +100,7 @@ def parse_td_policy(data: bytes) -> TdPolicy:
     measurements = _measurements(spec.optional("measurements"))
     event_log = spec.optional("event_log")
     events = None if event_log is None else parse_event_rules(event_log)
-    environments = _workload(spec.optional("workload"))
+    workload = _workload(spec.optional("workload"))
     spec.end()
     return TdPolicy(
         name=name,
@@ -116,7 +118,7 @@ def parse_td_policy(data: bytes) -> TdPolicy:
         piids=piids,
         measurements=measurements,
         events=events,
-        environments=environments,
+        workload=workload,
         digest=digest_of(document.root),
         source=data,
     )
@@ -195,12 +197,20 @@ def _allowed(block: BlockReader, name: str) -> tuple[bytes, ...] | NamedSet:
     return NamedSet(found, min_version)
 
 
-def _workload(block: BlockReader | None) -> tuple[bytes, ...] | None:
+def _workload(block: BlockReader | None) -> Mapping[str, tuple[bytes, ...]]:
     if block is None:
-        return None
-    environments = block.each("environment", parse_digest, "sha384: and 96 hexadecimal digits in lower case")
+        return {}
+    wanted = "sha384: and 96 hexadecimal digits in lower case"
+    # Of data sets none may be allowed at all; something runs, on something, in any case.
+    rules = {
+        name: block.each(name, parse_digest, wanted, may_be_empty=name == "datasets")
+        for name in WORKLOAD
+        if block.has(name)
+    }
     block.end()
-    return environments
+    if not rules:
+        block.refuse(WORKLOAD[0], "the block is empty", f"name at least one of: {', '.join(WORKLOAD)}")
+    return rules
 
 
 STRICT: Final = parse_td_policy(

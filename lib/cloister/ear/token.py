@@ -21,6 +21,7 @@ from cloister.ear.jws import open_signed, read_header, sign_claims
 from cloister.ear.members import Members, TokenRejected, b64, digest_text, parse_object, unb64
 from cloister.ear.shape import read_claims
 from cloister.ear.values import ALGORITHM, MAX_LIFETIME, PROFILE, TYPE, Ear
+from cloister.tlv import sha384
 
 MAX_TOKEN_CHARS: Final = 16 * 1024  # a token with 64 data sets has about 9,000
 
@@ -111,6 +112,7 @@ class Authentic:
 
     ear: Ear
     not_before: datetime
+    digest: bytes  # SHA-384 of the token, 48 bytes
 
 
 def authenticate(token: str, *, keys: Sequence[Mapping[str, str]]) -> Authentic:
@@ -120,7 +122,7 @@ def authenticate(token: str, *, keys: Sequence[Mapping[str, str]]) -> Authentic:
     """
     claims = open_signed(token, kind=TYPE, keys=keys, max_chars=MAX_TOKEN_CHARS)
     ear, not_before = read_claims(Members("payload", claims))
-    return Authentic(ear, not_before)
+    return Authentic(ear, not_before, sha384(token.encode("ascii")))
 
 
 def current(authentic: Authentic, *, issuer: str, audience: str, now: datetime, leeway_s: int = 30) -> Ear:

@@ -50,8 +50,7 @@ class RecordedCheck(_Part):
 
     @classmethod
     def of(cls, check: Check) -> RecordedCheck:
-        # A check is made of these types; to look at each of a hundred again would cost more than all else here.
-        return cls.model_construct(name=check.name, ok=check.ok, wanted=check.wanted, got=check.got)
+        return cls(name=check.name, ok=check.ok, wanted=check.wanted, got=check.got)
 
     def check(self) -> Check:
         return Check(self.name, self.ok, self.wanted, self.got)

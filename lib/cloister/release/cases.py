@@ -106,6 +106,7 @@ class ExampleKey:
     policy_version: int
     policy_digest: bytes
     min_version: int = 1
+    policy_withdrawn: bool = False
     purposes: frozenset[Purpose] = frozenset(Purpose)
 
     @classmethod

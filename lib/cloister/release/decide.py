@@ -87,7 +87,8 @@ def decide(
         return Decision((*blocks, _text_block("token", False, f"token.{ear.check}", ear.reason), nonce))
     blocks += [*_token(request, ear, caller, policy), nonce]
     if policy is None or key is None:
-        return Decision((*blocks, _text_block("policy", False, "a release policy in force", "none")))
+        got = "one that was withdrawn" if key is not None and key.policy_withdrawn else "none"
+        return Decision((*blocks, _text_block("policy", False, "a release policy in force", got)))
     blocks += _policy(request, policy, key)
     blocks += _tee(ear, policy, now)
     blocks += _measured(ear, policy)

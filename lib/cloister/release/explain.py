@@ -25,7 +25,7 @@ from cloister.release.policy import ReleasePolicy
 _CHANNEL: Final = frozenset(
     {"channel", "caller", "token", "token.subject", "token.certificate", "token.hpke_key", "nonce"}
 )
-_KEY: Final = frozenset({"key.version", "key.state", "key.purposes"})
+_KEY: Final = frozenset({"key", "key.version", "key.state", "key.purposes"})
 _AFTERWARDS: Final = frozenset({"data_key", "dataset.version"})  # looked at by the broker when the rest holds
 _RECORDED: Final = _CHANNEL | _KEY | _AFTERWARDS
 # A token alone was not sent over a channel and has no fixed age; nobody counts what it would get.
@@ -92,8 +92,8 @@ def replay(policy: ReleasePolicy, logged: LoggedRequest, ear: Ear | None) -> Dec
     """
     recorded = {block.name: block for block in logged.blocks if block.name in _RECORDED}
     if ear is None:
-        kept = () if "token" in recorded and not recorded["token"].ok else (_NOT_KEPT,)
-        return Decision((*recorded.values(), *kept))
+        refused = any(not block.ok for block in recorded.values())
+        return Decision((*recorded.values(), *(() if refused else (_NOT_KEPT,))))
     nonce = recorded.get("nonce")
     request = Request(
         key=logged.key,

@@ -54,6 +54,8 @@ class KeyFacts(Protocol):
     def policy_version(self) -> int: ...  # 0: no policy, nothing is released
     @property
     def policy_digest(self) -> bytes: ...  # 48 bytes, empty without a policy
+    @property
+    def policy_withdrawn(self) -> bool: ...  # nothing is released until its successor is in force
 
 
 def job_of(caller: SpiffeId) -> str:

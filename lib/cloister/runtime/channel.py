@@ -24,6 +24,9 @@ from cloister.runtime.status import from_rpc_error
 
 _Response = TypeVar("_Response")
 _EXPLAIN_WITHIN_S: Final = 2.0
+# Callers without identity wait in line before the handshake (cloister.runtime.door), and pings pass through Python: a
+# crowd is no dead peer.
+_IN_LINE: Final = Limits(connect_timeout_s=60.0, keepalive_s=5.0, ping_timeout_s=20.0)
 _REFUSED: Final = ("failed to connect", "Socket closed", "andshake")
 
 
@@ -184,7 +187,7 @@ def open_channel(
 
 def open_enrolment_channel(endpoint: str, *, bundle: TrustBundle, limits: Limits | None = None) -> SwappingChannel:
     """Return a channel to attest for a caller that has no certificate yet: TLS authenticates attest alone."""
-    bounds = limits or Limits()
+    bounds = limits or _IN_LINE
     return SwappingChannel(_ServerTls(endpoint, bundle, bounds), bounds)
 
 
@@ -193,7 +196,7 @@ async def open_public_channel(endpoint: str, *, trust_domain: str, limits: Limit
 
     Nothing is believed of the certificate that is shown. Raises CloisterError(UNREACHABLE).
     """
-    bounds = limits or Limits()
+    bounds = limits or _IN_LINE
     try:
         address = split_address(endpoint)
         pem = await asyncio.to_thread(ssl.get_server_certificate, address, timeout=bounds.connect_timeout_s)

@@ -133,6 +133,18 @@ class Database:
         """Do what `read` does, blocking this thread."""
         return self._submit(function, writes=False).result()
 
+    async def fold(self) -> None:
+        """Bring what was written into the file and cut the log beside it: what was deleted is in neither any more.
+
+        Waits for a snapshot that is being read, since that would see the file change.
+        """
+
+        def checkpoint(connection: apsw.Connection) -> None:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+        async with self._snapshot:
+            await asyncio.wrap_future(self._submit(checkpoint, bare=True))
+
     @asynccontextmanager
     async def snapshot(self, look: Callable[[apsw.Connection], _T]) -> AsyncIterator[Snapshot[_T]]:
         """Give the file as it is now, and what `look` found in it; one at a time, others wait.

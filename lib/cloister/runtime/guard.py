@@ -47,6 +47,7 @@ CallerTable: TypeAlias = Mapping[str, frozenset[Role]]
 Handlers: TypeAlias = "Mapping[str, grpc.RpcMethodHandler[Any, Any]]"
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
+_STATUS_NAMES: Final = {status.value[0]: status.name for status in grpc.StatusCode}
 _QUIET_SERVICES: Final = frozenset({"grpc.health.v1.Health"})  # probes ask every few seconds
 
 
@@ -260,9 +261,7 @@ def _metadata(context: _Context, key: str) -> str:
 
 def _code_set_by_handler(context: _Context) -> str:
     code: Any = context.code()
-    if isinstance(code, grpc.StatusCode):
-        return code.name
-    return next((status.name for status in grpc.StatusCode if status.value[0] == code), "OK")
+    return code.name if isinstance(code, grpc.StatusCode) else _STATUS_NAMES.get(code, "OK")
 
 
 def _not_allowed(path: str, who: str) -> CloisterError:

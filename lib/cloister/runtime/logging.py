@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
 import traceback
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Final, Literal, TextIO, cast
 
 import structlog
@@ -15,6 +17,7 @@ from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
 from cloister.secret import SecretBytes
 
+_marks: dict[str, Any] = {}  # facts about this process
 REDACTED: Final = "<redacted>"
 _MAX_DEPTH: Final = 6
 # Whole words of a field's name. "key_uri", "public_key" and "request_id" are facts; "private_key" is not.
@@ -42,6 +45,7 @@ def configure(
     The standard library's loggers (grpc, asyncio, torch) go the same way.
     """
     out = stream or sys.stderr
+    _marks.clear()
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -52,7 +56,7 @@ def configure(
     ]
     renderer: structlog.typing.Processor
     if log_format == "json":
-        renderer = structlog.processors.JSONRenderer(default=_describe, ensure_ascii=False)
+        renderer = _render_json
     else:
         renderer = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
     structlog.configure(
@@ -80,6 +84,11 @@ def configure(
     sys.excepthook = _log_uncaught
 
 
+def mark_every_line(**facts: Any) -> None:
+    """Put these facts on every line of this process from now on, whoever logs it."""
+    _marks.update(facts)
+
+
 def get_logger(**facts: Any) -> FilteringBoundLogger:
     """Return a logger with these facts bound. The event is a constant phrase; facts are fields."""
     return cast(FilteringBoundLogger, structlog.get_logger(**facts))
@@ -90,13 +99,19 @@ def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     return {name: _redacted(name, value, 0) for name, value in event.items()}
 
 
+@lru_cache(maxsize=1024)
+def _is_secret_name(name: str) -> bool:
+    return _SECRET_NAME.search(name.lower()) is not None
+
+
 def _redacted(name: str, value: Any, depth: int) -> Any:
     if isinstance(value, SecretBytes):
         return repr(value)
-    if _SECRET_NAME.search(name.lower()) and not isinstance(value, bool | None):
+    if _is_secret_name(name) and not isinstance(value, bool | None):
         return REDACTED
     if isinstance(value, str):
-        return _SECRET_TEXT.sub(REDACTED, value)
+        # What the expression can begin with is looked for first: that is ten times as fast, and nearly always enough.
+        return _SECRET_TEXT.sub(REDACTED, value) if "-----BEGIN " in value or "eyJ" in value else value
     if isinstance(value, bytes | bytearray | memoryview):
         return f"<{len(value)} bytes>"
     if depth >= _MAX_DEPTH:
@@ -132,9 +147,17 @@ def _describe(value: Any) -> str:
     )
 
 
+_ENCODER: Final = json.JSONEncoder(default=_describe, ensure_ascii=False)
+
+
+def _render_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
+    return _ENCODER.encode(event)
+
+
 def _name_service(service: str) -> structlog.typing.Processor:
     def add(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
         event["service"] = service
+        event.update(_marks)
         return event
 
     return add

@@ -28,7 +28,7 @@ class EntryInvalid(Exception):
 class Entry:
     """A decision or a change of a key. Digests are 48 bytes, or empty where there is nothing to digest."""
 
-    action: str  # "begin", "release", "generate", "open", "create-key", "put-policy", "enable", "disable"
+    action: str  # "release", "create-key", "start" and the like: docs/keys.md names them
     tenant: str  # of the caller: a denial for someone else's key is no news to its owner
     key_uri: str
     caller: str  # SPIFFE id

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -78,6 +79,7 @@ class Enrolment:
         denials: DenyList,
         terms: Terms,
         clock: Callable[[], datetime],
+        elapsed_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """What `policy` says about trust bundles is replaced by what the CA says at the time."""
         self._ca = ca
@@ -90,7 +92,7 @@ class Enrolment:
         self._denials = denials
         self._terms = terms
         self._clock = clock
-        self._nonces = Nonces(terms.nonce)
+        self._nonces = Nonces(terms.nonce, elapsed_s)
         self._own_facts: frozenset[Fact] = frozenset()
         self._self_id = SpiffeId.service(policy.trust_domain, Role.ATTEST)
 
@@ -120,7 +122,7 @@ class Enrolment:
                 todo="name one of these",
             )
         return attest_pb2.ChallengeResponse(
-            nonce=self._nonces.give(role=request.role, now=self._clock()),
+            nonce=self._nonces.give(role=request.role),
             audience=str(self._self_id),
             ca_epoch=self._ca.issuing.epoch,
             expires_in_s=int(self._terms.nonce.total_seconds()),
@@ -131,7 +133,7 @@ class Enrolment:
         checklist, now, claimed = Checklist(), self._clock(), request.evidence.role[:32]
         course: Course | None = None
         try:
-            nonce = self._take_nonce(request, checklist, now)  # 1
+            nonce = self._take_nonce(request, checklist)  # 1
             expected = Expected(nonce, str(self._self_id), self._policy.trust_domain)
             course = Course(expected, len(checklist.checks), 0, Trail())
             evidence = await self._verify(request, course, checklist, now)  # 2
@@ -182,16 +184,16 @@ class Enrolment:
         get_logger().info("user certificate issued", spiffe_id=who, not_after=not_after)
         return issued
 
-    def _take_nonce(self, request: attest_pb2.AttestRequest, checklist: Checklist, now: datetime) -> bytes:
+    def _take_nonce(self, request: attest_pb2.AttestRequest, checklist: Checklist) -> bytes:
         """Return the nonce that the quote must be over."""
         code, wanted = Code.NONCE_UNKNOWN, "a nonce of Challenge, not used before"
         taken = self._nonces.take(request.challenge_nonce)
         if taken is None:
             checklist.refuse("nonce.outstanding", code, wanted=wanted, got="another")
         checklist.require("nonce.outstanding", True, code, wanted=wanted, got="as wanted")
-        fresh = now < taken.expires_at
+        age_s, life_s = taken.age_s, self._terms.nonce.total_seconds()
         checklist.require(
-            "nonce.unexpired", fresh, code, wanted=f"before {taken.expires_at.isoformat()}", got=now.isoformat()
+            "nonce.unexpired", age_s < life_s, code, wanted=f"within {life_s:g} s", got=f"after {age_s:.1f} s"
         )
         same = taken.role == request.evidence.role
         checklist.require("nonce.role", same, code, wanted=taken.role, got=request.evidence.role[:32])
@@ -344,8 +346,8 @@ class Enrolment:
             tenant=who.tenant if who else "",
             spiffe_id=str(who) if who else "",
             accepted=who is not None,
-            # Everything under a development root is, whatever became of it.
-            simulated=course is not None and course.trail.platform is not None and self._verifier.root.simulated,
+            # Everything under a development root is, whatever became of it, and whoever was decided about.
+            simulated=self._verifier.root.simulated,
             checks=checklist.checks,
             quote_digest=sha384(evidence.quote) if evidence else b"",
             event_log_digest=sha384(evidence.event_log) if evidence else b"",

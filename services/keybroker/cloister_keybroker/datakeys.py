@@ -28,6 +28,8 @@ _RESUME_LOOKBACK = 1000  # entries of the key's log: some 3 MB, read when sealin
 _MAX_DATASET_VERSION = 2**53 - 1  # the integers that every JSON reader keeps
 _MAX_DATASET_ID = 255  # bytes, as in the header of a sealed file
 
+_REWRAP = "rewrap-data-key"  # in the log; a version that is made again at its back end is a "rewrap"
+
 
 @dataclass(frozen=True, slots=True)
 class WrappedKey:
@@ -124,13 +126,13 @@ class DataKeyDesk(Desk):
     async def rewrap(self, owner: Owner, key: WrappedKey) -> WrappedKey:
         """Wrap a data key under the newest version; it does not leave the broker in the clear."""
         key.check()
-        stored = await self._usable(owner, key.uri, "rewrap", "rewrap", version=key.version)
-        secret = await self._unwrap(owner, stored, key, "rewrap")
+        stored = await self._usable(owner, key.uri, _REWRAP, "rewrap", version=key.version)
+        secret = await self._unwrap(owner, stored, key, _REWRAP)
         newest = stored.record.newest
-        current = await self._usable(owner, key.uri, "rewrap", "rewrap", version=newest)
+        current = await self._usable(owner, key.uri, _REWRAP, "rewrap", version=newest)
         wrapped = await self._backend.wrap(KeyRef.of(current.record, newest), current.material().handle, secret)
         answer = WrappedKey(key.uri, newest, wrapped)
-        entry = self._grant(owner, "rewrap", answer)
+        entry = self._grant(owner, _REWRAP, answer)
         await self._store.write(lambda transaction: self._append(transaction, key.uri, entry))
         return answer
 

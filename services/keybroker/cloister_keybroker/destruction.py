@@ -78,12 +78,15 @@ class DestructionDesk(Desk):
 
     async def carry_out(self) -> None:
         """Destroy every key whose waiting period is over; one that fails is logged and stays due."""
-        now = self._office.now_ms()
+        now, destroyed = self._office.now_ms(), False
         for uri in await self._store.read(lambda transaction: transaction.to_destroy(until_ms=now)):
             try:
                 await self._destroy(uri)
+                destroyed = True
             except CloisterError as error:
                 get_logger().error("a key could not be destroyed yet", key_uri=str(uri), problem=str(error))
+        if destroyed:
+            await self._store.fold()
 
     async def keep_carrying_out(self) -> None:
         """Carry out what is due now and whenever something is, until cancelled."""

@@ -23,14 +23,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cloister.atomicfile import file_error, sync_directory
 from cloister.errors import CloisterError, Code
 from cloister.identity import SpiffeId
+from cloister.keyuri import KeyUri
 from cloister.runtime.database import Database
 from cloister.transparency.start import Start
 from cloister_keybroker import approvals, log, logkey, mark, retired
 from cloister_keybroker.datasets import Registry
+from cloister_keybroker.keycache import Changes, Memo
+from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.logkey import LogKey
 from cloister_keybroker.rootkey import RootKey
 from cloister_keybroker.sealrecord import SealRecord
-from cloister_keybroker.transaction import Transaction, store_damaged
+from cloister_keybroker.transaction import StoredKey, Transaction, store_damaged
 from cloister_keybroker.turns import Turns
 
 _T = TypeVar("_T")
@@ -102,6 +105,9 @@ class KeyStore:
         self._retired = False
         self._registries: OrderedDict[bytes, Registry] = OrderedDict()  # used on the database's thread only
         self._next_write: asyncio.Event | None = None
+        self._changes = Changes()
+        self._records: Memo[KeyRecord] = Memo()  # used on the database's thread only
+        self._keys: Memo[tuple[int, StoredKey]] = Memo()  # with the changes that had been counted when each was read
         self.turns = Turns()
 
     @classmethod
@@ -159,6 +165,20 @@ class KeyStore:
             raise store_damaged(f"SQLite: {error}") from None
         return store
 
+    async def key(self, uri: KeyUri, *, version: int = 0) -> StoredKey | None:
+        """Return what `Transaction.key` returns, without asking the database while no key has changed."""
+        known = self._keys.look((uri, version))
+        if known is not None and known[0] == self._changes.count and not self._retired:
+            return known[1]
+
+        def work(transaction: Transaction) -> tuple[int, StoredKey | None]:
+            return self._changes.count, transaction.key(uri, version=version)
+
+        count, found = await self.read(work)
+        if found is not None:
+            self._keys.put((uri, version), (count, found))
+        return found
+
     async def read(self, work: Callable[[Transaction], _T]) -> _T:
         """Run `work` on a consistent view."""
         return await self._database.read(lambda connection: work(self._transaction(connection)))
@@ -196,6 +216,10 @@ class KeyStore:
 
         return await self._database.write(work)
 
+    async def fold(self) -> None:
+        """Leave nothing of deleted rows in the file or in the log beside it."""
+        await self._database.fold()
+
     def close(self) -> None:
         """Close the file."""
         self._database.close()
@@ -208,7 +232,7 @@ class KeyStore:
                 why="its root key was forgotten or replaced",
                 todo="try again when it is unsealed",
             )
-        return Transaction(connection, self._root_key, self._registries)
+        return Transaction(connection, self._root_key, self._registries, records=self._records, changes=self._changes)
 
     def _verify(self, connection: apsw.Connection) -> None:
         """Compare every key's row with the last change that the (verified) log knows of; then what hangs on the row."""

@@ -22,6 +22,7 @@ from cloister.tlv import sha384, tlv
 from cloister.transparency.entry import Entry, LoggedEntry
 from cloister_keybroker.approvals import ApprovalBook
 from cloister_keybroker.datasets import Publication, Registry
+from cloister_keybroker.keycache import Changes, Memo
 from cloister_keybroker.keys import KeyRecord, KeyVersion
 from cloister_keybroker.log import DecisionLog, LogPlace
 from cloister_keybroker.logproofs import LogProofs
@@ -95,11 +96,19 @@ class Transaction:
     """What can be read and written while a transaction is open."""
 
     def __init__(
-        self, connection: apsw.Connection, root_key: RootKey, registries: OrderedDict[bytes, Registry]
+        self,
+        connection: apsw.Connection,
+        root_key: RootKey,
+        registries: OrderedDict[bytes, Registry],
+        *,
+        records: Memo[KeyRecord] | None = None,
+        changes: Changes | None = None,
     ) -> None:
         self._connection = connection
         self._root_key = root_key
         self._registries = registries
+        self._records = records or Memo()  # by their rows, MAC and all
+        self._changes = changes or Changes()
         self.log = DecisionLog(connection, root_key)
         self.proofs = LogProofs(connection, self.log)
         self.retired = RetiredHandles(connection, root_key)
@@ -115,6 +124,11 @@ class Transaction:
             return None
         record = self._record(row)
         return StoredKey(record, self._version(record, version or record.newest), self._policy(record))
+
+    def record(self, uri: KeyUri) -> KeyRecord | None:
+        """Return a key's record alone, or None; raise STORE_DAMAGED when its row is not one this broker wrote."""
+        row = self._connection.execute(f"{_SELECT} WHERE uri = ?", (str(uri),)).fetchone()
+        return None if row is None else self._record(row)
 
     def keys(self, tenant: str, *, after: str, limit: int) -> list[ListedKey]:
         """Return a tenant's keys in the order of their URIs, beginning behind `after`."""
@@ -149,10 +163,12 @@ class Transaction:
 
     def update_key(self, record: KeyRecord) -> None:
         """Store a key's record as it is now."""
+        self._changes.note()
         self._connection.execute(_UPDATE, self._row(record))
 
     def put_version(self, uri: KeyUri, version: KeyVersion) -> None:
         """Store a new version, or where the material of an old one is now."""
+        self._changes.note()
         self._connection.execute(
             "INSERT OR REPLACE INTO key_versions VALUES (?, ?, ?, ?, ?, ?)",
             (
@@ -167,10 +183,12 @@ class Transaction:
 
     def remove_versions(self, uri: KeyUri) -> None:
         """Forget where a key's material was, after its destruction."""
+        self._changes.note()
         self._connection.execute("DELETE FROM key_versions WHERE uri = ?", (str(uri),))
 
     def insert_policy(self, uri: KeyUri, version: int, policy: StoredPolicy) -> None:
         """Store a policy; earlier versions stay."""
+        self._changes.note()
         self._connection.execute(
             "INSERT INTO policies VALUES (?, ?, ?, ?, ?)",
             (str(uri), version, policy.yaml, policy.envelope, self._policy_mac(uri, version, policy)),
@@ -178,6 +196,7 @@ class Transaction:
 
     def put_policy(self, uri: KeyUri, version: int, policy: StoredPolicy) -> None:
         """Store a policy that is there, authenticated anew."""
+        self._changes.note()
         self._connection.execute(
             "UPDATE policies SET mac = ? WHERE uri = ? AND version = ?",
             (self._policy_mac(uri, version, policy), str(uri), version),
@@ -281,6 +300,9 @@ class Transaction:
             yield self._record(row)
 
     def _record(self, row: tuple[Any, ...]) -> KeyRecord:
+        return self._records.get(row, lambda: self._authentic_record(row))
+
+    def _authentic_record(self, row: tuple[Any, ...]) -> KeyRecord:
         values = dict(zip(_COLUMNS, row, strict=False))
         try:
             values["uri"] = KeyUri.parse(values["uri"])

@@ -39,6 +39,7 @@ from cloister_keybroker.answers import (
 )
 from cloister_keybroker.backends import FreshDataKey, KeyBackend, KeyRef
 from cloister_keybroker.datasets import Registry, version_block
+from cloister_keybroker.keycache import Memo
 from cloister_keybroker.keys import KeyRecord
 from cloister_keybroker.log import LogPlace
 from cloister_keybroker.nonces import NonceBook
@@ -139,6 +140,7 @@ class ReleaseDesk:
         self._clock = clock
         self._nonces = nonces or NonceBook()
         self._tokens = AuthenticTokens()
+        self._kept: Memo[bool] = Memo()  # digests of tokens that the log has
         self._issuer = str(SpiffeId.service(broker_id.trust_domain, Role.ATTEST))
 
     async def begin(self, workload: Workload, uri: KeyUri, purpose: Purpose, token: str) -> Begun:
@@ -211,29 +213,37 @@ class ReleaseDesk:
 
         asks = policy is not None and policy.approvals is not None
         approving = await self._store.read(approvers) if asks else frozenset()
-        if decide(0, approving).granted and not asked.renewal:
+        first = decide(0, approving)
+        if first.granted and not asked.renewal:
             data_key, block = await self._data_key(KeyRef.of(record, version), stored, asked)
             grounds = (block,)
         wrapped = data_key.wrapped if data_key else asked.wrapped
         binding = self._binding(asked, version, record, wrapped)
         sealed = asked.recipient.seal(data_key.secret, binding) if data_key else b""
 
+        # Only authentic tokens are kept, for replays of other policies: no policy grants anything on others.
+        known = not isinstance(found, Ear) or self._kept.look(binding.evidence_digest)
+        token = "" if known else asked.token
+
         def work(transaction: Transaction) -> tuple[Decision, LogPlace] | _Changed:
-            newest = transaction.key(asked.key)
-            if newest is None or newest.record != record:
+            if transaction.record(asked.key) != record:
                 return _Changed()
-            past = transaction.released_to_job(uri=asked.key, job=job, policy_digest=record.policy_digest)
-            newest_version = _version(transaction.registry(record), data_key, asked, found)
+            past = 0
+            if policy is not None and policy.max_per_job is not None:
+                past = transaction.released_to_job(uri=asked.key, job=job, policy_digest=record.policy_digest)
             approved = approvers(transaction) if asks else frozenset()
-            decision = Decision((*decide(past, approved).blocks, *grounds, *newest_version))
+            # Nothing else that the decision is made from can have changed.
+            again = first if (past, approved) == (0, approving) else decide(past, approved)
+            newest_version = _version(transaction.registry(record), data_key, asked, found)
+            decision = Decision((*again.blocks, *grounds, *newest_version))
             entry = self._entry(workload, asked, decision, binding)
-            # Only authentic tokens are kept, for replays of other policies: no policy grants anything on others.
-            token = asked.token if isinstance(found, Ear) else ""
             return decision, transaction.append(entry, time_ms=_ms(self._clock()), token=token)
 
         outcome = await self._store.write(work)
         if isinstance(outcome, _Changed):
             return outcome
+        if isinstance(found, Ear):
+            self._kept.put(binding.evidence_digest, True)  # on disk now
         decision, place = outcome
         if not decision.granted or policy is None:
             raise release.denial(request, decision)
@@ -272,7 +282,7 @@ class ReleaseDesk:
         """Return a key of the workload's own tenant; another tenant's is not even looked up."""
         if uri.tenant != workload.peer.spiffe_id.tenant:
             return None
-        return await self._store.read(lambda transaction: transaction.key(uri, version=version))
+        return await self._store.key(uri, version=version)
 
     def _binding(self, asked: Asked, version: int, record: KeyRecord, wrapped: bytes) -> ReleaseBinding:
         return ReleaseBinding(

@@ -100,6 +100,9 @@ async def run(spec: AgentSpec, reporter: Reporter, stop: asyncio.Event, tail: Ou
         if exited.done() and not stopping.done():
             await asyncio.wait({draining}, timeout=1)
             raise _ended(exited.result(), tail)
+    except CloisterError as error:
+        reporter.send(Failed(error))  # before the worker ends: that is the reason, and not what the gateway sees of it
+        raise
     finally:
         key_socket.close()
         with contextlib.suppress(ProcessLookupError):
@@ -220,7 +223,7 @@ async def _main(spec: AgentSpec, reporter: Reporter, lifeline_fd: int) -> int:
         await run(spec, reporter, stop, tail)
     except CloisterError as error:
         get_logger().warning("backend ended", error=error.code.text, what=error.what, why=error.why)
-        reporter.send(Failed(error))
+        reporter.send(Failed(error))  # of what came before the worker; a second report of the same changes nothing
         return 1
     finally:
         shutil.rmtree(spec.directory, ignore_errors=True)

@@ -37,7 +37,6 @@ MAX_SHARES: Final = 16  # SLIP-39
 MAX_SEALED_BYTES: Final = 1024 * 1024  # of a whole sealed file
 _MAX_MNEMONIC_BYTES: Final = 512  # 33 words of at most 8 letters, and generous spaces
 _FORMAT: Final = "cloister-sealed-root-1"
-_SET_FORMAT: Final = "cloister-share-set-1"
 _SALT_SIZE: Final = 32
 _TAG_SIZE: Final = 16
 _PURPOSE: Final = re.compile(r"[a-z0-9-]{1,64}")
@@ -61,27 +60,6 @@ class ShareSet:
             raise ValueError(f"wanted {MIN_THRESHOLD} <= threshold <= count <= {MAX_SHARES}")
         if len(set(self.fingerprints)) != len(self.fingerprints) or any(len(one) != 32 for one in self.fingerprints):
             raise ValueError("fingerprints are 32 bytes each, and differ")
-
-    @classmethod
-    def parse(cls, data: bytes) -> ShareSet:
-        """Parse the form of a file of its own; raise CloisterError(SEALED_ROOT_INVALID) for anything else."""
-        try:
-            fields = Members(load(data, max_size=MAX_SEALED_BYTES), "the share set")
-            if fields.text("format") != _SET_FORMAT:
-                raise ValueError("format")
-            found = _share_set(fields)
-        except (StrictJsonError, ValueError):
-            raise CloisterError(
-                Code.SEALED_ROOT_INVALID,
-                what="this is not a share set",
-                why=f"not of the form {_SET_FORMAT}",
-                todo="take the public file that was made together with the shares",
-            ) from None
-        return found
-
-    def to_bytes(self) -> bytes:
-        """Return the form of a file of its own: JSON in one line of ASCII, without a line end."""
-        return dump({"format": _SET_FORMAT, **self._members()})
 
     def _members(self) -> dict[str, object]:
         return {"threshold": self.threshold, "fingerprints": [one.hex() for one in self.fingerprints]}

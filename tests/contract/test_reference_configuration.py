@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from cloister.errors import CloisterError, Code
 from cloister.runtime.config import load_config
-from cloister_attest.config import AttestConfig
+from cloister_attest.config import AttestConfig, CaSection
 from cloister_keybroker.config import Config as KeybrokerConfig
 from cloister_serving.config import GatewayConfig
 from cloister_trainer.config import TrainerConfig
@@ -39,6 +39,45 @@ def test_a_reference_configuration_names_every_key_of_its_own_section(name: str,
     assert isinstance(declared, type)
     assert issubclass(declared, BaseModel)
     assert set(written) == set(declared.model_fields)
+
+
+def test_the_reference_configuration_of_the_ca_loads_in_each_of_its_forms(tmp_path: Path) -> None:
+    """The lines that are commented out are meant to be taken as they are."""
+    text = (CONFIG / "attest.toml").read_text()
+    present = 'kept = "memory"'
+    shares = 'kept = "shares"\nholders = ["ann.pub", "ben.pub", "cas.pub"]\nthreshold = 2'
+    for form in (present, shares, 'kept = "file"\nroot_key_file = "ca-root.key"'):
+        (tmp_path / "attest.toml").write_text(text.replace(present, form, 1))
+        load_config(tmp_path / "attest.toml", AttestConfig)
+        for line in form.splitlines():
+            assert line in text
+    assert all(f"{name} = " in text for name in CaSection.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        ('kept = "file"', "root_key_file goes with"),
+        ('root_key_file = "x"', "root_key_file goes with"),
+        ('kept = "shares"', "holders go with"),
+        ('holders = ["a.pub", "b.pub"]\nthreshold = 2', "holders go with"),
+        ('kept = "shares"\nholders = ["a.pub", "b.pub"]', "threshold is 2 to"),
+        ('kept = "shares"\nholders = ["a.pub", "b.pub"]\nthreshold = 3', "threshold is 2 to"),
+        ("threshold = 2", "threshold goes with holders"),
+        ('kept = "nowhere"', "kept"),
+        ("overlap_s = 60", "overlap_s is shorter"),
+        ("lead_s = 0", "lead_s"),
+        ("renew_after_s = 7776000", "renew_after_s"),
+    ],
+)
+def test_a_ca_that_is_kept_in_no_way_or_in_two_is_a_mistake(tmp_path: Path, lines: str, why: str) -> None:
+    text = (CONFIG / "attest.toml").read_text()
+    start, end = text.index("[ca]"), text.index("# A development root")
+    (tmp_path / "attest.toml").write_text(f"{text[:start]}[ca]\n{lines}\n{text[end:]}")
+    with pytest.raises(CloisterError) as caught:
+        load_config(tmp_path / "attest.toml", AttestConfig)
+    assert caught.value.code is Code.CONFIG_INVALID
+    assert why in caught.value.why
 
 
 @pytest.mark.parametrize(("name", "model"), MODELS.items())

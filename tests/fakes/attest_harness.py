@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -29,7 +30,8 @@ from cloister.errors import CloisterError
 from cloister.guest.enrol import Identity
 from cloister.guest.evidence import EvidenceVerifier
 from cloister.guest.guest import Guest
-from cloister.guest.measure import digest_of_package
+from cloister.guest.measure import attest_configuration, digest_of_package
+from cloister.holderkey import read_holder_public
 from cloister.identity import Role, SpiffeId
 from cloister.protocol import combined_nonce
 from cloister.runtime.bundle import TrustBundle
@@ -46,6 +48,7 @@ from cloister.tdx.quote import Quote, TdBody
 from cloister.tdx.trustroot import TrustRoot
 from cloister.tdx.verifier import Verifier
 from cloister.tdx.workload import BackendClaim, DatasetClaim, RankClaim
+from cloister.tlv import sha384
 from cloister_attest.appraise import AppraisalPolicy
 from cloister_attest.ca import WorkloadCa
 from cloister_attest.castate import CaState
@@ -313,10 +316,12 @@ def spki(key: ec.EllipticCurvePrivateKey) -> bytes:
 class AttestProcess:
     """`python -m cloister_attest` on a `python -m cloister_sim`, as `cloister dev up` starts them."""
 
-    def __init__(self, directory: Path, *, ca: str = "", **attest_options: int) -> None:
-        """`ca` is the text of the section [ca]; `attest_options` are lines of [attest]."""
+    def __init__(self, directory: Path, *, ca: str = "", fixed_ports: bool = False, **attest_options: int) -> None:
+        """`ca` is the text of the section [ca]; `attest_options` are lines of [attest]. Ports last over restarts."""
         self.directory = directory
         self.ca = ca
+        self.users = ""
+        self.listen, self.enrolment_listen = (f"127.0.0.1:{free_port() if fixed_ports else 0}" for _ in range(2))
         self.socket = directory / "platform.sock"
         self.bundle_file = directory / "bundle.json"
         self.endpoints_file = directory / "attest.endpoints.json"
@@ -362,14 +367,21 @@ class AttestProcess:
         fingerprint = hashlib.sha256(spki(self.user_key)).hexdigest()
         self.config_file.write_text(
             f'[service]\ntrust_domain = "{TRUST_DOMAIN}"\nstate_dir = "state"\n'
-            f'endpoints_file = "{self.endpoints_file.name}"\n'
+            f'endpoints_file = "{self.endpoints_file.name}"\nlisten = "{self.listen}"\n'
             f'[guest]\nprovider = "simulated:{self.socket}"\n'
-            f'[attest]\nbundle_file = "{self.bundle_file.name}"\n{options}'
+            f'[attest]\nbundle_file = "{self.bundle_file.name}"\n'
+            f'enrolment_listen = "{self.enrolment_listen}"\n{options}'
             f"[ca]\n{self.ca}\n"
             '[collateral]\nsource = "offline:platform/collateral"\n'
             f'[[trust_roots]]\npath = "platform/root.pem"\nsimulated = true\n{services}'
-            f'[[users]]\nspiffe_id = "{self.user_id}"\nspki_sha256 = "{fingerprint}"\noperator = true\n'
+            f'[[users]]\nspiffe_id = "{self.user_id}"\nspki_sha256 = "{fingerprint}"\noperator = true\n{self.users}'
         )
+
+    def measured_configuration(self, holders: Sequence[Path] = ()) -> bytes:
+        """Return the digest of the configuration as attest measures it."""
+        keys = [read_holder_public(path) for path in holders]
+        config = self.config_file.read_bytes()
+        return sha384(attest_configuration(config, self.root.certificate_der, STRICT.source, [], holders=keys))
 
     async def start_platform(self) -> None:
         await self._start("cloister_sim", "--directory", self.directory / "platform", "--socket", self.socket)
@@ -379,6 +391,18 @@ class AttestProcess:
         """Start attest and wait until it is ready."""
         self.endpoints_file.unlink(missing_ok=True)
         await self._start("cloister_attest", "--config", self.config_file)
+        await self._until(self.endpoints_file.exists, "cloister_attest")
+
+    async def start_sealed(self) -> str:
+        """Start attest and wait until it waits for shares; return where."""
+        place = self.directory / "state/recovery.json"
+        self.endpoints_file.unlink(missing_ok=True)
+        await self._start("cloister_attest", "--config", self.config_file)
+        await self._until(place.exists, "cloister_attest")
+        return read_endpoints(place)["recovery"]
+
+    async def ready(self) -> None:
+        """Wait until an attest that was started is ready."""
         await self._until(self.endpoints_file.exists, "cloister_attest")
 
     async def stop(self, name: str = "cloister_attest", *, kill: bool = False) -> int:
@@ -416,6 +440,20 @@ class AttestProcess:
             stub = getattr(attest_pb2_grpc, f"{service}Stub")(channel)
             return await invoke(getattr(stub, method), request, timeout_s=10, what=method)
 
+    async def retire_epoch(self, epoch: str = "") -> str:
+        """End an epoch, the newest unless told otherwise, and wait until attest has a certificate of the next one."""
+        request = attest_pb2.RetireEpochRequest(epoch=epoch or self.bundle.epoch)
+        issuing = str((await self.call("OperatorService", "RetireEpoch", request)).issuing.epoch)
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                await self.user()
+            except CloisterError:
+                assert time.monotonic() < deadline, self.log()[-4000:]
+                await asyncio.sleep(0.05)
+            else:
+                return issuing
+
     def launch(self) -> Guest:
         return Guest.open(f"simulated:{self.socket}")
 
@@ -440,17 +478,31 @@ class AttestProcess:
 
 
 @asynccontextmanager
-async def attest_process(*, ca: str = "", **attest_options: int) -> AsyncIterator[AttestProcess]:
+async def attest_process(
+    *,
+    ca: str = "",
+    fixed_ports: bool = False,
+    prepare: Callable[[AttestProcess], None] | None = None,
+    **attest_options: int,
+) -> AsyncIterator[AttestProcess]:
     """Run platform and attest for a test. In a directory of its own: a socket's path must be short."""
     with tempfile.TemporaryDirectory(prefix="clo-") as directory:
-        attest = AttestProcess(Path(directory), ca=ca, **attest_options)
+        attest = AttestProcess(Path(directory), ca=ca, fixed_ports=fixed_ports, **attest_options)
         try:
+            if prepare is not None:
+                prepare(attest)
             await attest.start_platform()
             attest.write_config()
             await attest.start()
             yield attest
         finally:
             await attest.stop_all()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def user_material(key: ec.EllipticCurvePrivateKey, chain_pem: bytes, bundle: TrustBundle) -> TlsMaterial:

@@ -65,12 +65,6 @@ async def start_epoch(attest: AttestProcess) -> str:
     return str(response.epoch.epoch)
 
 
-async def retire(attest: AttestProcess, epoch: str) -> attest_pb2.Epoch:
-    response = await attest.call(OPERATOR, "RetireEpoch", attest_pb2.RetireEpochRequest(epoch=epoch))
-    issuing: attest_pb2.Epoch = response.issuing
-    return issuing
-
-
 async def test_a_new_epoch_takes_over_under_load_and_no_call_is_dropped() -> None:
     # Announced for two seconds, then beside the old one for five; certificates live for four, and renew at two.
     async with attest_process(svid_ttl_s=4, ca="lead_s = 2\noverlap_s = 5") as attest, serving(attest) as (broker, at):
@@ -125,10 +119,10 @@ async def test_a_retired_epoch_ends_at_once_and_services_come_back_by_themselves
         left_behind = await attest.service(Role.GATEWAY)  # does not follow
         trainer.start_renewal(look_s=LOOK_S)
         (old,) = (await epochs(attest)).epochs
-        issuing = await retire(attest, old.epoch)
-        assert issuing.epoch != old.epoch
+        issuing = await attest.retire_epoch(old.epoch)
+        assert issuing != old.epoch
         for identity in (broker, trainer):
-            await until(lambda identity=identity: identity.bundle.epoch == issuing.epoch)
+            await until(lambda identity=identity: identity.bundle.epoch == issuing)
             await until(lambda identity=identity: identity.current().is_trusted)
         async with open_channel(at, role=Role.KEYBROKER, credentials=trainer) as channel:
             await ask(evidence_pb2_grpc.EvidenceServiceStub(channel), trainer)
@@ -139,7 +133,7 @@ async def test_a_retired_epoch_ends_at_once_and_services_come_back_by_themselves
         assert caught.value.code is Code.UNREACHABLE
         # It finds the way by itself when it renews: the update is signed by the root that it holds.
         await left_behind.refresh()
-        assert left_behind.bundle.epoch == issuing.epoch
+        assert left_behind.bundle.epoch == issuing
         async with open_channel(at, role=Role.KEYBROKER, credentials=left_behind) as channel:
             await ask(evidence_pb2_grpc.EvidenceServiceStub(channel), left_behind)
         for identity in (trainer, left_behind):
@@ -175,7 +169,7 @@ async def test_only_operators_change_epochs() -> None:
                 await attest.call(OPERATOR, method, request, trainer)
             assert caught.value.code is Code.CALLER_NOT_ALLOWED
         with pytest.raises(CloisterError) as caught:
-            await retire(attest, "20200101T000000Z-00000000")
+            await attest.retire_epoch("20200101T000000Z-00000000")
         assert caught.value.code is Code.EPOCH_NOT_FOUND
         assert len((await epochs(attest)).epochs) == 1
         await trainer.aclose()

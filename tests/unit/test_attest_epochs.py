@@ -17,6 +17,7 @@ from cloister_attest.epochs import Epochs, Schedule
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
+CONFIG = b"\x05" * 48
 PLAN = Schedule(lead=3 * MINUTE, overlap=13 * HOUR, renew_after=60 * DAY)
 
 
@@ -193,17 +194,22 @@ def test_the_state_is_the_same_after_it_was_sealed_and_opened() -> None:
     retired = issuing.retire(before.issuing.epoch, now=NOW + HOUR)
     for epochs in (before, announced, issuing, over, retired):
         state = CaState(epochs, new_recovery_key())
-        sealed = SealedState.parse(state.seal(key, shares=shares, now=NOW))
+        sealed = SealedState.parse(state.seal(key, shares=shares, config=CONFIG, now=NOW))
         again = sealed.open(key)
         assert json.dumps(again.epochs.to_secret(), sort_keys=True) == json.dumps(epochs.to_secret(), sort_keys=True)
         assert again.register_key == state.register_key
-        assert (sealed.bundle, sealed.generation, sealed.sealed_at) == (epochs.bundle, epochs.generation, NOW)
+        assert (sealed.bundle, sealed.config, sealed.generation, sealed.sealed_at) == (
+            epochs.bundle,
+            CONFIG,
+            epochs.generation,
+            NOW,
+        )
         assert sealed.sealed.shares == shares
 
 
 def test_no_private_key_stands_in_the_sealed_file() -> None:
     state = CaState.begin("cloister.test", now=NOW)
-    data = state.seal(new_recovery_key(), shares=None, now=NOW)
+    data = state.seal(new_recovery_key(), shares=None, config=CONFIG, now=NOW)
     for secret in (state.epochs.issuing.to_secret()["token_key"], state.register_key.reveal().hex()):
         assert secret.encode() not in data
     assert b"PRIVATE" not in data
@@ -212,9 +218,9 @@ def test_no_private_key_stands_in_the_sealed_file() -> None:
 def test_a_sealed_state_opens_under_its_own_key_and_unchanged_only() -> None:
     key = new_recovery_key()
     mine, other = (CaState.begin("cloister.test", now=NOW) for _ in range(2))
-    data = mine.seal(key, shares=None, now=NOW)
+    data = mine.seal(key, shares=None, config=CONFIG, now=NOW)
     fields = json.loads(data)
-    swapped = {**fields, "public": json.loads(other.seal(key, shares=None, now=NOW))["public"]}
+    swapped = {**fields, "public": json.loads(other.seal(key, shares=None, config=CONFIG, now=NOW))["public"]}
     for bad, with_key in (
         (data, new_recovery_key()),
         (json.dumps(swapped).encode(), key),

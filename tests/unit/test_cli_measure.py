@@ -16,8 +16,8 @@ from cloister.cli.expected import Parts, plan_workload, read_boot_log
 from cloister.dsse import sign
 from cloister.errors import CloisterError, Code
 from cloister.guest.measure import attest_configuration
+from cloister.holderkey import create_holder_key, read_holder_public
 from cloister.identity import Role
-from cloister.recovery import new_recovery_key, split
 from cloister.sealed.directory import SealedDirectory, seal_directory
 from cloister.tdx.intelroot import intel_root
 from cloister.tdx.workload import BackendClaim
@@ -85,13 +85,13 @@ def test_attest_measures_root_policy_and_reference_sets_with_its_file(tmp_path: 
 
 
 def test_attest_measures_who_can_bring_back_its_ca(tmp_path: Path, bundle: Path) -> None:
-    shares, config = split(new_recovery_key(), threshold=2, count=3).public, tmp_path / "attest.toml"
-    (tmp_path / "shares.json").write_bytes(shares.to_bytes() + b"\n")
-    config.write_text('[ca]\nkept = "shares"\nshare_set = "shares.json"\n')
+    config = tmp_path / "attest.toml"
+    holders = [create_holder_key(tmp_path / name) for name in ("ann", "ben")]
+    config.write_text('[ca]\nkept = "shares"\nthreshold = 2\nholders = ["ann.pub", "ben.pub"]\n')
     plan = plan_workload(Parts(role=Role.ATTEST, trust_bundle=bundle, environment=ENVIRONMENT, config=config))
-    root = intel_root().certificate_der
-    wanted = attest_configuration(config.read_bytes(), root, STRICT.source, [], share_set=shares.to_bytes())
-    assert plan.config == sha384(wanted)
+    root, keys = intel_root().certificate_der, [read_holder_public(path) for path in holders]
+    assert plan.config == sha384(attest_configuration(config.read_bytes(), root, STRICT.source, [], holders=keys))
+    assert plan.config != sha384(attest_configuration(config.read_bytes(), root, STRICT.source, [], holders=keys[:1]))
 
 
 def test_what_is_missing_or_does_not_belong_is_named(tmp_path: Path, bundle: Path) -> None:

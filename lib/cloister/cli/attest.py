@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from cloister.cli.session import Session
     from cloister.guest.verdictbundle import Replayed, VerdictBundle
 
-app = typer.Typer(help="Verdicts about the evidence of every process.", no_args_is_help=True)
+app = typer.Typer(help="Verdicts about the evidence of every process, and the workload CA.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Verdicts about the evidence of every process."""
+    """Verdicts about the evidence of every process, and the workload CA."""
 
 
 @app.command()

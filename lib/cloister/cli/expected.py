@@ -165,11 +165,11 @@ def _service(parts: Parts) -> _Contents:
 
 
 def _attest_configuration(path: Path, data: bytes) -> bytes:
-    """Return what attest measures for its file: with root, policy, reference sets and share set, as it reads them."""
+    """Return what attest measures for its file: with root, policy, reference sets and holders, as it reads them."""
     from cloister.appraisal.policy import STRICT
     from cloister.dsse import Envelope
     from cloister.guest.measure import attest_configuration, read_measured
-    from cloister.recovery import ShareSet
+    from cloister.holderkey import read_holder_public
     from cloister.tdx.intelroot import intel_root
     from cloister.tdx.trustroot import TrustRoot
 
@@ -178,7 +178,7 @@ def _attest_configuration(path: Path, data: bytes) -> bytes:
         roots, policy = document.get("trust_roots", []), document.get("appraisal", {}).get("policy")
         sets = {entry["name"]: entry["path"] for entry in document.get("references", [])}
         root_path = roots[0]["path"] if roots else None
-        shares = document.get("ca", {}).get("share_set")
+        holders = document.get("ca", {}).get("holders", [])
     except (ValueError, KeyError, AttributeError, TypeError):
         raise _wrong(f"the configuration {path}", "it is not one of attest", "name attest's own TOML file") from None
 
@@ -191,7 +191,7 @@ def _attest_configuration(path: Path, data: bytes) -> bytes:
         root.certificate_der,
         STRICT.source if policy is None else read(policy),
         [Envelope.parse(read(place)).payload for _, place in sorted(sets.items())],
-        share_set=ShareSet.parse(read(shares)).to_bytes() if shares else b"",
+        holders=[read_holder_public(path.parent / place) for place in holders],
     )
 
 

@@ -1,21 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cloister identity`: who the user is to the services, and, for operators, who is nobody to them any more."""
+"""`cloister identity`: who the user is to the services; for administrators and operators, who else is, or is not."""
 
 from __future__ import annotations
 
 import enum
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cloister.cli.options import Json, State, in_session, run_async, state_directory
+from cloister.cli.options import Json, State, existing_file, in_session, run_async, state_directory
 from cloister.cli.output import Output
+from cloister.errors import CloisterError, Code
 
 if TYPE_CHECKING:
+    from cloister.api.attest.v1 import attest_pb2
     from cloister.cli.session import Session
 
-app = typer.Typer(help="Your own certificate, and who gets none.", no_args_is_help=True)
+app = typer.Typer(help="Your own certificate, and who else gets one.", no_args_is_help=True)
+
+
+class Standing(enum.StrEnum):
+    """What a user may do at attest."""
+
+    USER = "user"
+    ADMINISTRATOR = "administrator"
+    OPERATOR = "operator"
 
 
 class Kind(enum.StrEnum):
@@ -26,6 +37,8 @@ class Kind(enum.StrEnum):
     MEASUREMENT = "measurement"
 
 
+_IDENTITY = ("spiffe_id", "standing", "revoked", "added_by", "added")
+_DENIAL = ("kind", "value", "reason", "operator", "time")
 _Kind = Annotated[Kind, typer.Argument(help="What VALUE is.")]
 _Value = Annotated[str, typer.Argument(help="SPIFFE id; FMSPC, PIID or PPID; digest. From a verdict.")]
 
@@ -51,7 +64,6 @@ def login(state: State = None, json: Json = False) -> None:
 def show(state: State = None, json: Json = False) -> None:
     """Show your present certificate."""
     from cloister.cli import login as logins
-    from cloister.errors import CloisterError, Code
 
     directory = state_directory(state)
     certificate = logins.UserCertificate.read(directory)
@@ -66,6 +78,121 @@ def show(state: State = None, json: Json = False) -> None:
 
 
 @app.command()
+def key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Private key to make; the request is FILE.csr.")],
+    json: Json = False,
+) -> None:
+    """Make a key for a user. Keep FILE; give FILE.csr to an administrator of your tenant."""
+    from cloister.cli.login import write_user_key
+
+    private, request = write_user_key(file.resolve())
+    Output(as_json=json).item({"private": str(private), "request": str(request)})
+
+
+@app.command()
+def issue(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="User of your tenant, or the whole SPIFFE id.")],
+    key_file: Annotated[Path, typer.Option("--key", help="The user's FILE.csr, or public key (PEM).")],
+    standing: Annotated[Standing, typer.Option(help="What the user may do at attest.")] = Standing.USER,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="In place of the user's present key; that one ends.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the certificate chain (PEM).")] = None,
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """Register a user's key in your tenant. For administrators and operators.
+
+    With a request (FILE.csr) it gets a certificate now; with any registered key, its holder fetches one at any time.
+    """
+    from cloister.api.attest.v1 import attest_pb2
+    from cloister.atomicfile import write_atomically
+    from cloister.cli.login import read_key_or_request
+    from cloister.identity import SpiffeId
+
+    spki, csr = read_key_or_request(existing_file(key_file, what="the key"))
+    if out is not None and not csr:
+        raise CloisterError(
+            Code.ARGUMENT_INVALID,
+            what="--out goes with a request only",
+            why="a public key does not prove that somebody holds it",
+            todo="give FILE.csr, or have the user fetch the certificate: cloister identity login",
+        )
+
+    async def work(session: Session) -> tuple[str, attest_pb2.IssueIdentityResponse]:
+        mine = SpiffeId.parse(session.stack.user)
+        who = name if "://" in name else str(SpiffeId.of_user(mine.trust_domain, tenant=mine.tenant, user=name))
+        request = attest_pb2.IssueIdentityRequest(
+            spiffe_id=who,
+            standing=attest_pb2.Standing.Value(f"STANDING_{standing.name}"),
+            spki_der=spki,
+            csr_der=csr,
+            replace=replace,
+        )
+        return who, await _call(session, "IssueIdentity", request, "registering a user")
+
+    who, answer = in_session(state, work)
+    document = {"spiffe_id": who, "standing": str(standing), "spki_sha256": answer.spki_sha256.hex()}
+    if answer.certificate_chain_pem:
+        document["not_after"] = _time(answer.certificate_not_after_unix_s)
+    if out is not None:
+        write_atomically(out.resolve(), answer.certificate_chain_pem, mode=0o644)
+        document["certificate"] = str(out.resolve())
+    Output(as_json=json).item(document)
+
+
+@app.command("list")
+def list_identities(
+    revoked: Annotated[bool, typer.Option("--revoked", help="What is revoked instead. For operators.")] = False,
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """List the registered users: of your tenant for administrators, of all tenants for operators."""
+    from cloister.api.attest.v1 import attest_pb2
+
+    output = Output(as_json=json)
+    if revoked:
+        denials = attest_pb2.ListDenialsRequest()
+        found = in_session(state, lambda session: _call(session, "ListDenials", denials, "listing revocations"))
+        output.rows("revoked", [_denial(one) for one in found.denials], _DENIAL, empty="nothing is revoked")
+        return
+    request = attest_pb2.ListIdentitiesRequest()
+    answer = in_session(state, lambda session: _call(session, "ListIdentities", request, "listing users"))
+    rows = [
+        {
+            "spiffe_id": one.spiffe_id,
+            "standing": attest_pb2.Standing.Name(one.standing).removeprefix("STANDING_").lower(),
+            "revoked": one.denied,
+            "added_by": one.added_by or "configuration",
+            "added": _time(one.added_unix_ms // 1000) if one.added_unix_ms else "",
+            "spki_sha256": one.spki_sha256.hex(),
+        }
+        for one in answer.identities
+    ]
+    output.rows("identities", rows, _IDENTITY, empty="nobody is registered")
+
+
+@app.command()
+def remove(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="User of your tenant, or the whole SPIFFE id.")],
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """Strike a registered user; its certificates end. For administrators and operators."""
+    from cloister.api.attest.v1 import attest_pb2
+    from cloister.identity import SpiffeId
+
+    async def work(session: Session) -> tuple[str, attest_pb2.RemoveIdentityResponse]:
+        mine = SpiffeId.parse(session.stack.user)
+        who = name if "://" in name else str(SpiffeId.of_user(mine.trust_domain, tenant=mine.tenant, user=name))
+        request = attest_pb2.RemoveIdentityRequest(spiffe_id=who)
+        return who, await _call(session, "RemoveIdentity", request, "removing a user")
+
+    who, answer = in_session(state, work)
+    Output(as_json=json).item({"removed": who, "certificates": answer.certificates})
+
+
+@app.command()
 def revoke(
     kind: _Kind,
     value: _Value,
@@ -73,17 +200,23 @@ def revoke(
     state: State = None,
     json: Json = False,
 ) -> None:
-    """Give an identity, a platform or a measurement no certificate any more. For operators."""
+    """Give an identity, a platform or a measurement no certificate any more, and end those that are out.
+
+    For operators; administrators may revoke users of their tenant.
+    """
     from cloister.api.attest.v1 import attest_pb2
 
     request = attest_pb2.DenyRequest(kind=_number(kind), value=value, reason=reason)
-    in_session(state, lambda session: _call(session, "Deny", request, "revoking"))
-    Output(as_json=json).item({"revoked": value, "kind": str(kind)})
+    answer = in_session(state, lambda session: _call(session, "Deny", request, "revoking"))
+    output = Output(as_json=json)
+    output.item({"revoked": value, "kind": str(kind), "certificates": answer.certificates})
+    if not answer.complete:
+        output.note("there are more certificates than can be ended one by one: cloister attest retire-epoch ends all")
 
 
 @app.command()
 def readmit(kind: _Kind, value: _Value, state: State = None, json: Json = False) -> None:
-    """Undo a revocation. For operators."""
+    """Undo a revocation. For operators; administrators may readmit users of their tenant."""
     from cloister.api.attest.v1 import attest_pb2
 
     request = attest_pb2.ReadmitRequest(kind=_number(kind), value=value)
@@ -91,25 +224,20 @@ def readmit(kind: _Kind, value: _Value, state: State = None, json: Json = False)
     Output(as_json=json).item({"readmitted": value, "kind": str(kind), "was_revoked": answer.was_denied})
 
 
-@app.command("list")
-def list_revoked(state: State = None, json: Json = False) -> None:
-    """List what is revoked. For operators."""
+def _denial(found: attest_pb2.Denial) -> dict[str, Any]:
     from cloister.api.attest.v1 import attest_pb2
 
-    request = attest_pb2.ListDenialsRequest()
-    answer = in_session(state, lambda session: _call(session, "ListDenials", request, "listing revocations"))
-    rows = [
-        {
-            "kind": attest_pb2.DenialKind.Name(found.kind).removeprefix("DENIAL_KIND_").lower(),
-            "value": found.value,
-            "reason": found.reason,
-            "operator": found.operator,
-            "time": datetime.fromtimestamp(found.time_unix_ms / 1000, UTC).isoformat(timespec="seconds"),
-        }
-        for found in answer.denials
-    ]
-    columns = ("kind", "value", "reason", "operator", "time")
-    Output(as_json=json).rows("revoked", rows, columns, empty="nothing is revoked")
+    return {
+        "kind": attest_pb2.DenialKind.Name(found.kind).removeprefix("DENIAL_KIND_").lower(),
+        "value": found.value,
+        "reason": found.reason,
+        "operator": found.operator,
+        "time": _time(found.time_unix_ms // 1000),
+    }
+
+
+def _time(unix_s: int) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="seconds")
 
 
 async def _call(session: Session, method: str, request: Any, what: str) -> Any:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -45,6 +47,45 @@ def load_user_key(state: StateDirectory) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise unusable_key(state.user_key, "it is not a P-256 key", what=_WHAT)
     return key
+
+
+def write_user_key(path: Path) -> tuple[Path, Path]:
+    """Write a new P-256 key (0600) and a request under it (FILE.csr); overwrite nothing. Return both paths."""
+    from cloister.atomicfile import write_atomically
+
+    request = path.with_name(f"{path.name}.csr")
+    for file in (path, request):
+        if file.exists():
+            raise CloisterError(
+                Code.FILE_EXISTS,
+                what=f"{file} is already there",
+                why="a key that is registered could not be used any more",
+                todo="use it, or name another file",
+            )
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    write_atomically(path, pem, mode=0o600)
+    write_atomically(request, csr.public_bytes(serialization.Encoding.PEM), mode=0o644)
+    return path, request
+
+
+def read_key_or_request(path: Path) -> tuple[bytes, bytes]:
+    """Return a public key (DER) and the request it came in (DER), empty when it came alone; raise CloisterError."""
+    data = path.read_bytes()[: 1 << 16]
+    der, spki = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    try:
+        if b"CERTIFICATE REQUEST" in data:
+            request = x509.load_pem_x509_csr(data)
+            return request.public_key().public_bytes(der, spki), request.public_bytes(der)
+        return serialization.load_pem_public_key(data).public_bytes(der, spki), b""
+    except (ValueError, UnsupportedAlgorithm):
+        raise CloisterError(
+            Code.ARGUMENT_INVALID,
+            what=f"{path} is neither a request nor a public key",
+            why="wanted PEM: CERTIFICATE REQUEST or PUBLIC KEY",
+            todo="have the user make one: cloister identity key FILE",
+        ) from None
 
 
 def spki_sha256(key: ec.EllipticCurvePrivateKey) -> str:

@@ -18,6 +18,7 @@ from cloister.cli import (
     attest,
     audit,
     broker,
+    ca,
     collateral,
     demo,
     dev,
@@ -66,6 +67,7 @@ def build_app() -> typer.Typer:
     app.add_typer(quote.app, name="quote")
     app.add_typer(collateral.app, name="collateral")
     app.add_typer(attest.app, name="attest")
+    ca.register(attest.app)
     app.add_typer(references.app, name="references")
     app.add_typer(audit.app, name="audit")
     doctor.register(app)

@@ -85,14 +85,15 @@ def digest_of_sources(name: str) -> bytes:
 
 
 def attest_configuration(
-    config_bytes: bytes, root_der: bytes, policy: bytes, references: Sequence[bytes], *, share_set: bytes = b""
+    config_bytes: bytes, root_der: bytes, policy: bytes, references: Sequence[bytes], *, holders: Sequence[bytes] = ()
 ) -> bytes:
     """Return what attest measures as its configuration.
 
-    Its file only names root, policy, reference sets (texts, by name) and share set; who may vouch for quotes, what must
-    hold of them, and who can bring back the CA, is part of what an attest is.
+    Its file only names root, policy, reference sets (texts, by name) and the public keys of those who hold shares of
+    the CA (1,216 bytes each); who may vouch for quotes, what must hold of them, and who can bring back the CA, is part
+    of what an attest is.
     """
-    return tlv("cloister-attest-config-v3", config_bytes, root_der, policy, share_set, *references)
+    return tlv("cloister-attest-config-v3", config_bytes, root_der, policy, tlv("holders", *holders), *references)
 
 
 @functools.cache

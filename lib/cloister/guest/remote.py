@@ -101,7 +101,8 @@ class RemoteEnrolment:
             if error.code is not Code.UNREACHABLE:
                 raise
         # Attest may show a certificate of an epoch that is not known here yet. An update is signed: whoever hands it
-        # over is not believed, and can hold it back either way.
+        # over is not believed, and can hold it back either way. Of another CA, the numbers mean nothing: ask for all.
+        request = attest_pb2.GetTrustUpdateRequest()
         async with await open_public_channel(self._endpoint, trust_domain=self._bundle.trust_domain) as channel:
             return await _update(channel, request)
 

@@ -41,9 +41,10 @@ from cloister.runtime.server import GrpcServer
 from cloister.secret import SecretBytes
 from cloister.tdx.intelroot import intel_root
 from cloister.tdx.trustroot import TrustRoot
+from cloister.tlv import sha384
 from cloister_attest.appraise import AppraisalPolicy
 from cloister_attest.ca import Told, WorkloadCa
-from cloister_attest.castate import CaState, Vault
+from cloister_attest.castate import CaState, SealedState, Vault
 from cloister_attest.collateral import open_collateral
 from cloister_attest.config import AttestConfig
 from cloister_attest.denylist import DenyList
@@ -111,7 +112,7 @@ async def _open(
         sets = [found.source for _, found in sorted(verifier.references.items())]
         opening = Opening.prepare(config, now=utc_now())
         measured = attest_configuration(
-            config_bytes, root.certificate_der, verifier.policy.source, sets, share_set=opening.measured
+            config_bytes, root.certificate_der, verifier.policy.source, sets, holders=opening.holders
         )
         await asyncio.to_thread(
             measure_service,
@@ -121,12 +122,13 @@ async def _open(
             config_bytes=measured,
             role=Role.ATTEST,
         )
-        await _serve(config, opening, verifier, metrics, guest, database, stop)
+        await _serve(config, opening, sha384(measured), verifier, metrics, guest, database, stop)
 
 
 async def _serve(
     config: AttestConfig,
     opening: Opening,
+    measured: bytes,
     verifier: EvidenceVerifier,
     metrics: RpcMetrics,
     guest: Guest,
@@ -135,7 +137,7 @@ async def _serve(
 ) -> None:
     sealer, issued = TableSealer(database), IssuedRegister(database)
     users, denials = UserRegister(database, sealer, _users(config)), DenyList(database, sealer)
-    state, vault = await _open_ca(config, opening, guest, sealer, users, stop)
+    state, vault = await _open_ca(config, opening, measured, guest, sealer, users, stop)
     ca = WorkloadCa(state, issued=issued, sealer=sealer, schedule=_schedule(config), clock=utc_now, vault=vault)
     await ca.advance()
     await ca.revoke()
@@ -235,6 +237,7 @@ async def _serve(
 async def _open_ca(
     config: AttestConfig,
     opening: Opening,
+    measured: bytes,
     guest: Guest,
     sealer: TableSealer,
     users: UserRegister,
@@ -245,14 +248,15 @@ async def _open_ca(
     def told(endpoint: str) -> None:
         write_endpoints(place, {"recovery": endpoint})
 
-    async def wait_for_shares(shares: ShareSet) -> SecretBytes:
-        return await recover(guest, opening, shares, stop=stop, clock_s=time.monotonic, told=told)
+    async def wait_for_shares(sealed: SealedState, shares: ShareSet) -> SecretBytes:
+        listen = config.ca.recovery_listen
+        return await recover(guest, sealed, shares, listen=listen, stop=stop, clock_s=time.monotonic, told=told)
 
     try:
         key = await opening.key(wait_for_shares)
     finally:
         place.unlink(missing_ok=True)
-    return await opening.finish(key, sealer, users, now=utc_now())
+    return await opening.finish(key, sealer, users, config=measured, now=utc_now())
 
 
 def _follow(told: Told, identity: Identity, bundle_file: Path) -> None:

@@ -3,11 +3,13 @@
 
     memory   nothing: a restart begins a new CA
     file     the recovery key is a file (0600): for development, and said loudly
-    shares   the recovery key is in nobody's hands: enough holders of shares give it to an attest that they verified
+    shares   the recovery key is in nobody's hands: attest drew it, and gave each holder a share that only this holder
+             can open; enough of them give it back, to an attest that they verified
 
 The file's public part is the trust bundle, so that attest can measure what it is about to recover; it is authenticated
 with the rest. Who has the file alone can neither read it nor make another one. It can be put back: `generation` and
-time tell those who recover, and services that run refuse what is older than what they hold (docs/attestation.md).
+time tell those who recover, and services that run refuse what is older than what they hold. It can be shown to an
+attest of another configuration: the digest of the one it was sealed in tells that (docs/attestation.md).
 """
 
 from __future__ import annotations
@@ -43,11 +45,12 @@ class CaState:
         """Return the state of a new CA."""
         return cls(Epochs.begin(trust_domain, now=now), new_recovery_key())
 
-    def seal(self, key: SecretBytes, *, shares: ShareSet | None, now: datetime) -> bytes:
-        """Return the sealed file."""
+    def seal(self, key: SecretBytes, *, shares: ShareSet | None, config: bytes, now: datetime) -> bytes:
+        """Return the sealed file; `config` is the digest of attest's configuration (48 bytes)."""
         public = dump(
             {
                 "bundle": self.epochs.bundle.to_bytes().decode("ascii"),
+                "config": config.hex(),
                 "generation": self.epochs.generation,
                 "sealed_unix_s": int(now.timestamp()),
             }
@@ -67,6 +70,7 @@ class SealedState:
 
     sealed: SealedRoot
     bundle: TrustBundle
+    config: bytes  # digest of the configuration that attest had, 48 bytes
     generation: int
     sealed_at: datetime
 
@@ -77,11 +81,12 @@ class SealedState:
         try:
             public = Members(load(sealed.public, max_size=_MAX_FILE), "the public part")
             bundle = TrustBundle.parse(public.text("bundle", longest=_MAX_FILE).encode("ascii"))
+            config = public.octets("config", sizes=(48,))
             generation, sealed_at = public.integer("generation"), public.integer("sealed_unix_s", highest=2**33)
             public.end()
         except (StrictJsonError, ValueError, CloisterError):
             raise _invalid("its public part does not parse") from None
-        return cls(sealed, bundle, generation, datetime.fromtimestamp(sealed_at, UTC))
+        return cls(sealed, bundle, config, generation, datetime.fromtimestamp(sealed_at, UTC))
 
     def open(self, key: SecretBytes) -> CaState:
         """Return the state; raise CloisterError(SEALED_ROOT_INVALID) under another key, or when it was edited."""
@@ -124,10 +129,11 @@ class Vault:
     path: Path
     key: SecretBytes
     shares: ShareSet | None
+    config: bytes  # digest of the configuration, 48 bytes
 
     def save(self, state: CaState, *, now: datetime) -> None:
         """Seal and write the state; on any error raise CloisterError, and what was there before stays whole."""
-        write_atomically(self.path, state.seal(self.key, shares=self.shares, now=now), mode=0o600)
+        write_atomically(self.path, state.seal(self.key, shares=self.shares, config=self.config, now=now), mode=0o600)
 
 
 def _invalid(why: str) -> CloisterError:

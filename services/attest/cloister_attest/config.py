@@ -13,6 +13,7 @@ from cloister.collateral.family import Edition
 from cloister.didkey import is_did_key
 from cloister.errors import CloisterError
 from cloister.identity import Role, SpiffeId
+from cloister.recovery import MAX_SHARES, MIN_THRESHOLD
 from cloister.runtime.config import ConfigModel, ServiceSection
 
 Digest384 = Annotated[str, Field(pattern=r"^sha384:[0-9a-f]{96}$")]
@@ -96,8 +97,12 @@ class CaSection(ConfigModel):
     kept: Kept = Kept.MEMORY
     # The recovery key, 0600 (kept = "file"): whoever reads it and the state has the CA.
     root_key_file: Path | None = None
-    # The public part of the shares, made by `cloister attest make-shares` (kept = "shares"). Measured.
-    share_set: Path | None = None
+    # Public keys of those who hold shares (kept = "shares"), made by `cloister broker holder-key`, and how many of them
+    # bring the CA back. Their files are measured, too.
+    holders: tuple[Path, ...] = Field(default=(), max_length=MAX_SHARES)
+    threshold: int = Field(default=0, ge=0, le=MAX_SHARES)
+    # Where the holders' sealed shares are written when a CA begins; without it, ca-shares in the state directory.
+    shares_dir: Path | None = None
     # The sealed state; without it, ca.sealed in the state directory.
     state_file: Path | None = None
     # Where holders of shares reach attest while it waits for them (kept = "shares").
@@ -113,8 +118,12 @@ class CaSection(ConfigModel):
     def _one_key(self) -> CaSection:
         if (self.kept is Kept.FILE) != (self.root_key_file is not None):
             raise ValueError('root_key_file goes with kept = "file", and only with that')
-        if (self.kept is Kept.SHARES) != (self.share_set is not None):
-            raise ValueError('share_set goes with kept = "shares", and only with that')
+        if (self.kept is Kept.SHARES) != bool(self.holders):
+            raise ValueError('holders go with kept = "shares", and only with that')
+        if self.holders and not MIN_THRESHOLD <= self.threshold <= len(self.holders):
+            raise ValueError(f"threshold is {MIN_THRESHOLD} to the number of holders, {len(self.holders)}")
+        if self.threshold and not self.holders:
+            raise ValueError("threshold goes with holders")
         return self
 
 

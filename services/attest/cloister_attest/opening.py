@@ -13,9 +13,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+from cloister.atomicfile import write_atomically
 from cloister.errors import CloisterError, Code
-from cloister.guest.measure import read_measured
-from cloister.recovery import ShareSet
+from cloister.holderkey import SealedShare, read_holder_public
+from cloister.hpke import HpkeError, seal
+from cloister.identity import Role, SpiffeId
+from cloister.protocol import share_info
+from cloister.recovery import ShareSet, SplitKey, new_recovery_key, split
 from cloister.rootfile import read_root_file
 from cloister.runtime.bundle import TrustBundle
 from cloister.runtime.logging import get_logger
@@ -26,6 +30,7 @@ from cloister_attest.tableseal import TableSealer
 from cloister_attest.users import UserRegister
 
 STATE_NAME: Final = "ca.sealed"
+SHARES_NAME: Final = "ca-shares"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,8 @@ class Opening:
 
     section: CaSection
     path: Path
-    shares: ShareSet | None
+    shares_dir: Path
+    holders: tuple[bytes, ...]  # public keys
     fresh: CaState | None
     sealed: SealedState | None
 
@@ -43,15 +49,16 @@ class Opening:
         """Look at what is kept; raise CloisterError when that cannot be used. Nothing is begun over what is there."""
         section, domain = config.ca, config.service.trust_domain
         path = section.state_file or config.service.state_dir / STATE_NAME
-        shares = ShareSet.parse(read_measured(section.share_set).data) if section.share_set else None
+        shares_dir = section.shares_dir or config.service.state_dir / SHARES_NAME
+        holders = tuple(read_holder_public(holder) for holder in section.holders)
         sealed = None if section.kept is Kept.MEMORY else read_state(path)
         if sealed is None:
-            return cls(section, path, shares, CaState.begin(domain, now=now), None)
-        if sealed.sealed.shares != shares:
+            return cls(section, path, shares_dir, holders, CaState.begin(domain, now=now), None)
+        if (sealed.sealed.shares is None) != (section.kept is Kept.FILE):
             raise CloisterError(
                 Code.CONFIG_INVALID,
                 what=f"the sealed CA state {path} is not under the key that [ca] names",
-                why="it was sealed under shares of another set" if shares else "it was sealed under shares, not a file",
+                why="it was sealed under a key " + ("in a file" if sealed.sealed.shares is None else "in shares"),
                 todo="correct [ca]; to begin a new CA, move the sealed state away",
             )
         if sealed.bundle.trust_domain != domain:
@@ -61,7 +68,7 @@ class Opening:
                 why=f"it is of {sealed.bundle.trust_domain}, the configuration of {domain}",
                 todo="correct service.trust_domain or ca.state_file",
             )
-        return cls(section, path, shares, None, sealed)
+        return cls(section, path, shares_dir, holders, None, sealed)
 
     @property
     def bundle(self) -> TrustBundle:
@@ -71,31 +78,76 @@ class Opening:
         assert self.sealed is not None
         return self.sealed.bundle
 
-    @property
-    def measured(self) -> bytes:
-        """What of the recovery key belongs to what this attest is: who can give it back."""
-        return self.shares.to_bytes() if self.shares else b""
+    async def key(
+        self, recover: Callable[[SealedState, ShareSet], Awaitable[SecretBytes]]
+    ) -> tuple[SecretBytes, ShareSet | None] | None:
+        """Return the recovery key and its shares, None when nothing is kept; raise CloisterError.
 
-    async def key(self, recover: Callable[[ShareSet], Awaitable[SecretBytes]]) -> SecretBytes | None:
-        """Return the recovery key: from its file, or from `recover`, which waits for shares. None: nothing is kept."""
+        From its file, from `recover`, which waits for shares, or drawn now: then each holder's share is written, sealed
+        to the holder's key, before anything is sealed under it.
+        """
         if self.section.root_key_file is not None:
             get_logger().warning(
                 "the CA is sealed under a key in a file: whoever reads it has the CA",
                 file=str(self.section.root_key_file),
             )
-            return await asyncio.to_thread(read_root_file, self.section.root_key_file)
-        return None if self.shares is None else await recover(self.shares)
+            return await asyncio.to_thread(read_root_file, self.section.root_key_file), None
+        if not self.holders:
+            return None
+        if self.sealed is not None:
+            shares = self.sealed.sealed.shares
+            assert shares is not None
+            return await recover(self.sealed, shares), shares
+        key = new_recovery_key()
+        made = split(key, threshold=self.section.threshold, count=len(self.holders))
+        await asyncio.to_thread(self._write_shares, made)
+        return key, made.public
+
+    def _write_shares(self, made: SplitKey) -> None:
+        me, threshold, count = str(SpiffeId.service(self.bundle.trust_domain, Role.ATTEST)), *self._numbers
+        self.shares_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for number, (share, holder) in enumerate(zip(made.mnemonics, self.holders, strict=True), 1):
+            info = share_info(broker_id=me, number=number, count=count, threshold=threshold)
+            try:
+                sealed = SealedShare(me, number, count, threshold, seal(holder, share, info=info))
+            except HpkeError as error:
+                raise CloisterError(
+                    Code.CONFIG_INVALID,
+                    what=f"{self.section.holders[number - 1]} is no public key of a holder",
+                    why=str(error),
+                    todo="`cloister broker holder-key` makes one, on the holder's machine",
+                ) from None
+            write_atomically(self.shares_dir / f"share-{number}-of-{count}.json", sealed.to_bytes(), mode=0o644)
+        get_logger().warning(
+            "shares of the CA's recovery key were made: give each to its holder, and keep copies",
+            directory=str(self.shares_dir),
+            share_set=made.public.name,
+            threshold=threshold,
+            holders=count,
+        )
+
+    @property
+    def _numbers(self) -> tuple[int, int]:
+        return self.section.threshold, len(self.holders)
 
     async def finish(
-        self, key: SecretBytes | None, sealer: TableSealer, users: UserRegister, *, now: datetime
+        self,
+        key: tuple[SecretBytes, ShareSet | None] | None,
+        sealer: TableSealer,
+        users: UserRegister,
+        *,
+        config: bytes,
+        now: datetime,
     ) -> tuple[CaState, Vault | None]:
         """Open or keep the state, with the registers that belong to it; raise CloisterError.
+
+        `config` is the digest of the configuration that attest measured.
 
         A recovered CA goes on in another generation: what was told before is older than what it tells now. The seals
         of the registers are in the generation of the state, or one behind, wherever this is interrupted.
         """
-        vault = None if key is None else Vault(self.path, key, self.shares)
-        if self.sealed is None or key is None:
+        vault = None if key is None else Vault(self.path, *key, config)
+        if self.sealed is None or vault is None:
             assert self.fresh is not None
             state = self.fresh
             if vault is not None:
@@ -104,11 +156,10 @@ class Opening:
             await users.begin()
             await sealer.begin(state.register_key, state.epochs.generation)
             return state, vault
-        state = await asyncio.to_thread(self.sealed.open, key)
+        state = await asyncio.to_thread(self.sealed.open, vault.key)
         await sealer.load(state.register_key, state.epochs.generation)
         await users.load()
         state = replace(state, epochs=state.epochs.next_generation())
-        assert vault is not None
         await asyncio.to_thread(vault.save, state, now=now)
         await sealer.reseal(state.epochs.generation)
         get_logger().warning(

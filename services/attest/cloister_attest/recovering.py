@@ -25,13 +25,14 @@ from cloister.hpke import HpkeError
 from cloister.identity import Role, SpiffeId
 from cloister.protocol import NONCE_SIZE, RECOVERY_AUDIENCE, recovery_share_info
 from cloister.recovery import ShareCollector, ShareSet
+from cloister.runtime.bundle import TrustBundle
 from cloister.runtime.credentials import StaticCredentials, TlsMaterial
 from cloister.runtime.guard import CallerTable
 from cloister.runtime.limits import Limits
 from cloister.runtime.logging import get_logger
 from cloister.runtime.server import GrpcServer, Mounted
 from cloister.secret import SecretBytes
-from cloister_attest.opening import Opening
+from cloister_attest.castate import SealedState
 from cloister_attest.ratelimit import RateLimit
 
 _SERVICE: Final = "cloister.api.attest.v1.RecoveryService"
@@ -45,12 +46,12 @@ _DRAIN_S: Final = 1.0
 class RecoveryServicer(attest_pb2_grpc.RecoveryServiceServicer):
     """Collects shares until there are enough."""
 
-    def __init__(self, guest: Guest, opening: Opening, shares: ShareSet, rate_limit: RateLimit) -> None:
+    def __init__(self, guest: Guest, sealed: SealedState, shares: ShareSet, rate_limit: RateLimit) -> None:
         self._guest = guest
-        self._opening = opening
+        self._sealed = sealed
         self._collector = ShareCollector(shares)
         self._rate_limit = rate_limit
-        self._info = recovery_share_info(shares.name, opening.bundle.digest)
+        self._info = recovery_share_info(shares.name, sealed.bundle.digest)
         self.complete = asyncio.Event()
 
     @property
@@ -66,12 +67,12 @@ class RecoveryServicer(attest_pb2_grpc.RecoveryServiceServicer):
         self._admit(context)
         if len(request.nonce) != NONCE_SIZE:
             raise CloisterError(Code.ARGUMENT_INVALID, what=f"a nonce has {NONCE_SIZE} bytes", todo="draw a random one")
-        opening, shares = self._opening, self._collector.public
+        shares = self._collector.public
         evidence = await asyncio.to_thread(
             self._guest.evidence,
             nonce=request.nonce,
             audience=RECOVERY_AUDIENCE,
-            trust_domain=opening.bundle.trust_domain,
+            trust_domain=self._sealed.bundle.trust_domain,
         )
         return attest_pb2.GetRecoveryResponse(
             evidence=evidence,
@@ -79,10 +80,10 @@ class RecoveryServicer(attest_pb2_grpc.RecoveryServiceServicer):
             threshold=shares.threshold,
             count=len(shares.fingerprints),
             given=self._collector.given,
-            is_new=opening.sealed is None,
-            generation=opening.sealed.generation if opening.sealed else 0,
-            sealed_unix_s=int(opening.sealed.sealed_at.timestamp()) if opening.sealed else 0,
-            trust_bundle=opening.bundle.to_bytes(),
+            generation=self._sealed.generation,
+            sealed_unix_s=int(self._sealed.sealed_at.timestamp()),
+            sealed_config=self._sealed.config,
+            trust_bundle=self._sealed.bundle.to_bytes(),
         )
 
     async def GiveShare(self, request: attest_pb2.GiveShareRequest, context: Any) -> attest_pb2.GiveShareResponse:
@@ -108,22 +109,23 @@ class RecoveryServicer(attest_pb2_grpc.RecoveryServiceServicer):
 
 async def recover(
     guest: Guest,
-    opening: Opening,
+    sealed: SealedState,
     shares: ShareSet,
     *,
+    listen: str,
     stop: asyncio.Event,
     clock_s: Callable[[], float],
     told: Callable[[str], None],
 ) -> SecretBytes:
-    """Serve on ca.recovery_listen until enough shares were given; return the key, or raise INTERRUPTED on `stop`.
+    """Serve on `listen` until enough shares were given; return the key, or raise INTERRUPTED on `stop`.
 
     `told` gets the endpoint when it can be reached.
     """
     rate_limit = RateLimit(per_s=_CALLS_PER_S, burst=_CALLS_BURST, clock_s=clock_s)
-    servicer = RecoveryServicer(guest, opening, shares, rate_limit)
+    servicer = RecoveryServicer(guest, sealed, shares, rate_limit)
     server = GrpcServer(
-        section=opening.section.recovery_listen,
-        credentials=StaticCredentials(_nobodys(guest, opening)),
+        section=listen,
+        credentials=StaticCredentials(_nobodys(guest, sealed.bundle)),
         services=[Mounted(_SERVICE, attest_pb2_grpc.add_RecoveryServiceServicer_to_server, servicer)],
         callers=RECOVERY_CALLERS,
         limits=_LIMITS,
@@ -140,7 +142,7 @@ async def recover(
             endpoint=server.endpoint,
             share_set=shares.name,
             threshold=shares.threshold,
-            is_new=opening.sealed is None,
+            generation=sealed.generation,
         )
         await asyncio.wait({stopped, complete}, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -155,10 +157,10 @@ async def recover(
     return key
 
 
-def _nobodys(guest: Guest, opening: Opening) -> TlsMaterial:
+def _nobodys(guest: Guest, bundle: TrustBundle) -> TlsMaterial:
     """Return a certificate that the TD gives itself, so that TLS has something to show."""
     key, now = guest.keys.tls, datetime.now(UTC)
-    who = SpiffeId.service(opening.bundle.trust_domain, Role.ATTEST)
+    who = SpiffeId.service(bundle.trust_domain, Role.ATTEST)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "attest, before its CA")])
     leaf = (
         x509.CertificateBuilder()
@@ -172,4 +174,4 @@ def _nobodys(guest: Guest, opening: Opening) -> TlsMaterial:
         .sign(key, SHA256())
     )
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return TlsMaterial(SecretBytes(pem), leaf.public_bytes(Encoding.PEM), opening.bundle, who, leaf.not_valid_after_utc)
+    return TlsMaterial(SecretBytes(pem), leaf.public_bytes(Encoding.PEM), bundle, who, leaf.not_valid_after_utc)

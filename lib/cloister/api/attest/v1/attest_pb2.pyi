@@ -1381,21 +1381,23 @@ class GetRecoveryResponse(_message.Message):
     THRESHOLD_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     GIVEN_FIELD_NUMBER: _builtins.int
-    IS_NEW_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     SEALED_UNIX_S_FIELD_NUMBER: _builtins.int
     TRUST_BUNDLE_FIELD_NUMBER: _builtins.int
+    SEALED_CONFIG_FIELD_NUMBER: _builtins.int
     share_set: _builtins.str
-    """Name of the share set, 8 hexadecimal digits."""
+    """Name of the set of shares, 8 hexadecimal digits."""
     threshold: _builtins.int
     count: _builtins.int
-    is_new: _builtins.bool
-    """There is no sealed state: a new CA would begin."""
     generation: _builtins.int
     """Generation of the sealed state, and Unix seconds of its making: how a holder sees that an old one was put back."""
     sealed_unix_s: _builtins.int
     trust_bundle: _builtins.bytes
     """The trust bundle of that CA, canonical JSON; what attest measured."""
+    sealed_config: _builtins.bytes
+    """Digest of the configuration that attest had when the state was sealed, as it measures it, 48 bytes. The present one
+    is in the evidence: whoever recovers a CA into another configuration has to want that.
+    """
     @_builtins.property
     def evidence(self) -> _evidence_pb2.Evidence:
         """Over the nonce, for the audience "cloister-recovery"."""
@@ -1412,14 +1414,14 @@ class GetRecoveryResponse(_message.Message):
         threshold: _builtins.int = ...,
         count: _builtins.int = ...,
         given: _abc.Iterable[_builtins.int] | None = ...,
-        is_new: _builtins.bool = ...,
         generation: _builtins.int = ...,
         sealed_unix_s: _builtins.int = ...,
         trust_bundle: _builtins.bytes = ...,
+        sealed_config: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "evidence", b"evidence", "generation", b"generation", "given", b"given", "is_new", b"is_new", "sealed_unix_s", b"sealed_unix_s", "share_set", b"share_set", "threshold", b"threshold", "trust_bundle", b"trust_bundle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "evidence", b"evidence", "generation", b"generation", "given", b"given", "sealed_config", b"sealed_config", "sealed_unix_s", b"sealed_unix_s", "share_set", b"share_set", "threshold", b"threshold", "trust_bundle", b"trust_bundle"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -289,7 +289,7 @@ class _Writer(FileSystemWriter):  # type: ignore[misc]  # torch is not typed
 
 class _Reader(FileSystemReader):  # type: ignore[misc]  # torch is not typed
     def __init__(self, directory: SealedDirectory) -> None:
-        super().__init__(directory.path)
+        super().__init__(str(directory.storage))
         self.fs = _SealedFileSystem(directory.data_key, directory.manifest.dataset, directory)
 
 

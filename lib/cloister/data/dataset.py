@@ -172,7 +172,7 @@ def _chosen(directory: SealedDirectory, patterns: Sequence[str]) -> tuple[str, .
         listed = ", ".join(directory.files[:10])
         raise CloisterError(
             Code.FILE_NOT_FOUND,
-            what=f"there is no {missing[0] if missing else 'file of rows'} in {directory.path}",
+            what=f"there is no {missing[0] if missing else 'file of rows'} in {directory.storage}",
             why=f"its manifest lists {listed}" + (" and more" if len(directory.files) > 10 else ""),
             todo=f"name files that are there; rows come from {', '.join(KINDS)}",
         )
@@ -185,15 +185,15 @@ def _row_file(directory: SealedDirectory, name: str, *, memory: int) -> RowFile:
 
 def _directory_state(directory: SealedDirectory) -> dict[str, Any]:
     return {
-        "_path": directory.path,
+        "_storage": directory.storage,
         "_key": directory.data_key,
         "_digest": directory.manifest.digest,
     }
 
 
 def _directory_again(state: dict[str, Any]) -> SealedDirectory:
-    path, key, digest = (state.pop(name) for name in ("_path", "_key", "_digest"))
-    return SealedDirectory.open(path, data_key=key, manifest_digest=digest)
+    storage, key, digest = (state.pop(name) for name in ("_storage", "_key", "_digest"))
+    return SealedDirectory.open(storage, data_key=key, manifest_digest=digest)
 
 
 def _position(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from cloister.errors import CloisterError, Code
 from cloister.sealed.datakey import DataKey
 from cloister.sealed.directory import SealedDirectory
 from cloister.sealed.format import MODEL_SEGMENT_SIZE, AssociatedData, Header
+from cloister.sealed.storage import Storage
 from cloister.sealed.stream import SealedReader, SealedWriter
 
 _SKELETON: Final = "cloister.skeleton"
@@ -70,7 +71,7 @@ def open_sealed(source: Path | BinaryIO, *, data_key: DataKey | None = None) -> 
 
 
 def open_directory(
-    path: Path, *, data_key: DataKey | None = None, manifest_digest: bytes | None = None
+    path: Path | Storage, *, data_key: DataKey | None = None, manifest_digest: bytes | None = None
 ) -> SealedDirectory:
     """Open a sealed directory with the key that the process's keyring finds for it, or with the one given."""
     if data_key is None:

@@ -12,13 +12,14 @@ from cloister.atomicfile import file_error, is_partial
 from cloister.errors import CloisterError, Code
 from cloister.sealed.batches import SPREAD_SIZE
 from cloister.sealed.datakey import DataKey
-from cloister.sealed.directorywriter import SealedDirectoryWriter, walk
+from cloister.sealed.directorywriter import SealedDirectoryWriter
 from cloister.sealed.extraction import Extraction
 from cloister.sealed.format import SUFFIX, Header, invalid
 from cloister.sealed.journal import MARKER_NAME, REWRAP_NAME
-from cloister.sealed.manifest import MANIFEST_NAME, FileEntry, Manifest, manifest_invalid, read_manifest
+from cloister.sealed.manifest import MANIFEST_NAME, FileEntry, Manifest, manifest_invalid
 from cloister.sealed.sealing import Progress, seal_directory
 from cloister.sealed.spread import Job, cores, spread
+from cloister.sealed.storage import LocalStorage, Storage, shown
 from cloister.sealed.stream import SealedReader
 
 __all__ = ["Peek", "Progress", "SealedDirectory", "SealedDirectoryWriter", "open_directory", "seal_directory"]
@@ -40,43 +41,45 @@ class Peek(NamedTuple):
 class SealedDirectory:
     """A sealed directory whose manifest is authentic and whose files are the listed ones, neither more nor fewer.
 
-    Each file's content is checked when it is opened and read. Safe for several threads; its readers are not.
+    Each file's content is checked when it is opened and read. Safe for several threads; its readers are not. It lies
+    in a directory of this machine, or in any other `Storage`: the checks are the same.
     """
 
-    def __init__(self, path: Path, *, manifest: Manifest, data_key: DataKey) -> None:
-        self.path = path
+    def __init__(self, storage: Storage, *, manifest: Manifest, data_key: DataKey) -> None:
+        self.storage = storage
         self.manifest = manifest
         self._data_key = data_key
         self._entries = {entry.path: entry for entry in manifest.files}
 
     @classmethod
-    def peek(cls, path: Path) -> Peek:
+    def peek(cls, path: Path | Storage) -> Peek:
         """Read which key opens a directory, for whoever has to ask for that key first.
 
         Raises CloisterError: NOT_SEALED, MANIFEST_INVALID, SEALED_DIRECTORY_MISMATCH or SEALED_FILE_INVALID.
         """
-        data = read_manifest(path)
-        manifest = Manifest.parse(data, name=str(path / MANIFEST_NAME))
+        storage = _storage(path)
+        manifest = Manifest.parse(storage.manifest(), name=shown(storage))
         entry = manifest.files[0]
-        first, name = entry.path, str(path / (entry.path + SUFFIX))
+        first, name = entry.path, shown(storage, entry.path + SUFFIX)
         try:
-            with (path / (first + SUFFIX)).open("rb") as file:
+            source = storage.file(entry.path + SUFFIX)
+            with source.open("rb") if isinstance(source, Path) else source as file:
                 header = Header.read(file, name=name)
         except FileNotFoundError:
-            raise _mismatch(path, f"{first} is missing") from None
+            raise _mismatch(storage, f"{first} is missing") from None
         except OSError as error:
             raise file_error(error, what=f"cannot read {name}") from error
         if header.key_uri != manifest.key_uri:
-            raise _mismatch(path, f"{first} is under another key than the manifest says")
+            raise _mismatch(storage, f"{first} is under another key than the manifest says")
         # Without this, another version's file in this place would be asked a key for, and the manifest be blamed.
         if header.associated.path != first or header.associated.file_id.hex() != entry.file_id:
-            raise _mismatch(path, f"{first} is not the file that the manifest lists: another version, or swapped")
+            raise _mismatch(storage, f"{first} is not the file that the manifest lists: another version, or swapped")
         return Peek(manifest.digest, header.key_uri, header.key_version, header.wrapped)
 
     @classmethod
     def open(
         cls,
-        path: Path,
+        path: Path | Storage,
         *,
         data_key: DataKey,
         manifest_digest: bytes | None = None,
@@ -88,20 +91,22 @@ class SealedDirectory:
         (did:key), when any are given, one must have signed it. A file that the manifest does not list is refused, as
         is one that is missing.
         """
-        name = str(path / MANIFEST_NAME)
-        manifest = Manifest.parse(read_manifest(path), name=name)
+        storage = _storage(path)
+        name = shown(storage)
+        manifest = Manifest.parse(storage.manifest(), name=name)
         if data_key.key_uri != manifest.key_uri:
             raise manifest_invalid(name, f"it is under {manifest.key_uri}, not under {data_key.key_uri}")
         manifest.verify(data_key.secret, name=name)
         if manifest_digest is not None and not hmac.compare_digest(manifest.digest, manifest_digest):
-            raise _mismatch(path, "its manifest is authentic, but not the one asked for: another version of the data")
+            raise _mismatch(
+                storage, "its manifest is authentic, but not the one asked for: another version of the data"
+            )
         if signers and manifest.signer not in signers:
             raise manifest_invalid(
                 name, f"it was signed by {manifest.signer or 'nobody'}, not by {' or '.join(signers)}"
             )
-        directory = cls(path, manifest=manifest, data_key=data_key)
-        cls.check_outside(path, manifest)
-        return directory
+        cls.check_outside(storage, manifest)
+        return cls(storage, manifest=manifest, data_key=data_key)
 
     @property
     def data_key(self) -> DataKey:
@@ -120,7 +125,7 @@ class SealedDirectory:
             listed = ", ".join(list(self._entries)[:10])
             raise CloisterError(
                 Code.FILE_NOT_FOUND,
-                what=f"{name} is not in the sealed directory {self.path}",
+                what=f"{name} is not in the sealed directory {self.storage}",
                 why=f"its manifest lists {listed}" + (" and more" if len(self._entries) > 10 else ""),
                 todo="name one of these, or seal the data with the file in it",
             )
@@ -132,13 +137,17 @@ class SealedDirectory:
         `workers` threads serve large reads; 0 is one for each core.
         """
         entry = self.entry(name)
-        shown = str(self.path / (name + SUFFIX))
-        reader = SealedReader(self.path / (name + SUFFIX), data_key=self._data_key, name=shown, workers=workers)
+        place = shown(self.storage, name + SUFFIX)
+        try:
+            source = self.storage.file(name + SUFFIX)
+        except OSError as error:
+            raise file_error(error, what=f"cannot read {place}") from error
+        reader = SealedReader(source, data_key=self._data_key, name=place, workers=workers, owned=True)
         try:
             if reader.header.associated.dataset != self.manifest.dataset or reader.header.associated.path != name:
-                raise invalid(shown, f"it was sealed as {reader.header.associated.path} and was renamed or swapped")
+                raise invalid(place, f"it was sealed as {reader.header.associated.path} and was renamed or swapped")
             if FileEntry.of(reader) != entry:
-                raise invalid(shown, "it is authentic but not the file of this manifest: an older or a newer version")
+                raise invalid(place, "it is authentic but not the file of this manifest: an older or a newer version")
         except CloisterError:
             reader.close()
             raise
@@ -183,22 +192,23 @@ class SealedDirectory:
             extraction.finish()
 
     @staticmethod
-    def check_outside(path: Path, manifest: Manifest) -> None:
+    def check_outside(path: Path | Storage, manifest: Manifest) -> None:
         """Check what needs no key: that the directory holds the listed files, no more and no fewer."""
+        storage = _storage(path)
         expected = {entry.path + SUFFIX for entry in manifest.files}
         try:
-            for name, regular in walk(path):
+            for name, regular in storage.names():
                 if name in expected:
                     if not regular:
-                        raise _mismatch(path, f"{name} is not a regular file")
+                        raise _mismatch(storage, f"{name} is not a regular file")
                     expected.remove(name)
-                elif name not in _BESIDES and not is_partial(name):
-                    raise _mismatch(path, f"{name} was added: the manifest does not list it")
+                elif name not in _BESIDES and not is_partial(name.rpartition("/")[2]):
+                    raise _mismatch(storage, f"{name} was added: the manifest does not list it")
         except OSError as error:
-            raise file_error(error, what=f"cannot list {path}") from error
+            raise file_error(error, what=f"cannot list {storage}") from error
         if expected:
             missing = min(expected).removesuffix(SUFFIX)
-            raise _mismatch(path, f"{missing} is missing: it was removed or renamed")
+            raise _mismatch(storage, f"{missing} is missing: it was removed or renamed")
 
 
 def open_directory(source: Path, out: Path, *, data_key: DataKey, progress: Progress | None = None) -> Manifest:
@@ -211,10 +221,14 @@ def open_directory(source: Path, out: Path, *, data_key: DataKey, progress: Prog
     return directory.manifest
 
 
-def _mismatch(path: Path, why: str) -> CloisterError:
+def _storage(path: Path | Storage) -> Storage:
+    return LocalStorage(path) if isinstance(path, Path) else path
+
+
+def _mismatch(storage: Storage, why: str) -> CloisterError:
     return CloisterError(
         Code.SEALED_DIRECTORY_MISMATCH,
-        what=f"{path} does not hold what its manifest says",
+        what=f"{storage} does not hold what its manifest says",
         why=why,
         todo="fetch the directory again from where it was sealed, or seal the data anew",
     )

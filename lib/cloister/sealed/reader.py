@@ -53,11 +53,14 @@ class SealedReader(io.RawIOBase):
         data_key: DataKey | Callable[[Header], SecretBytes],
         name: str = "",
         workers: int = 0,
+        owned: bool = False,
     ) -> None:
+        """`owned`: a file object that is passed in is closed with the reader, as a path's file always is."""
         super().__init__()
         self._workers = workers or cores()
         self.name = name or (str(source) if isinstance(source, Path) else str(getattr(source, "name", "the file")))
-        self._owned = isinstance(source, Path)
+        self._at_path = isinstance(source, Path)
+        self._owned = owned or self._at_path
         try:
             self._file: BinaryIO = _open_regular(source, name=self.name) if isinstance(source, Path) else source
             self._open(data_key)
@@ -124,7 +127,7 @@ class SealedReader(io.RawIOBase):
         while done < len(view):
             index, within = self._layout.place_of(self._position)
             whole = 0 if within or index == self._cached else self._whole_segments(index, len(view) - done)
-            if whole * self._layout.segment_size >= SPREAD_SIZE and self._owned and self._workers > 1:
+            if whole * self._layout.segment_size >= SPREAD_SIZE and self._at_path and self._workers > 1:
                 taken = self._open_spread(index, whole, view[done:])
             elif whole:
                 taken = self._open_into(index, min(whole, self._batch), view[done:], self._sealed)
@@ -157,7 +160,7 @@ class SealedReader(io.RawIOBase):
 
             return job
 
-        workers = self._workers if self._owned else 1
+        workers = self._workers if self._at_path else 1
         spread(-(-self._segments // self._batch), worker, workers=workers)
 
     def readall(self) -> bytes:
@@ -167,7 +170,7 @@ class SealedReader(io.RawIOBase):
         return bytes(rest)
 
     def close(self) -> None:
-        """Close; a file object that was passed in stays open."""
+        """Close; a file object that was passed in stays open, unless it was passed to be owned."""
         if not self.closed:
             super().close()
             if hasattr(self, "_plain"):
@@ -239,7 +242,7 @@ class SealedReader(io.RawIOBase):
 
     def _read_stream(self, start: int, target: memoryview) -> None:
         """Read ciphertext at an offset of the stream into all of `target`."""
-        if self._owned:
+        if self._at_path:
             # Without a position, so that several threads can.
             read_at(self._file.fileno(), self._stream_start + start, target, name=self.name)
             return
@@ -247,6 +250,7 @@ class SealedReader(io.RawIOBase):
             self._file.seek(self._stream_start + start)
             while target:
                 count = self._file.readinto(target)  # type: ignore[attr-defined]  # BinaryIO does not promise it
+                # A raw non-blocking file says None: it has nothing at this moment.
                 if not count:
                     raise invalid(self.name, SHRUNK)
                 target = target[count:]

@@ -61,9 +61,8 @@ def rewrap_directory(
             changed += _replace(path / (entry.path + SUFFIX), version, wrapped)
             if progress:
                 progress(index + 1, len(manifest.files), entry.path)
-        for left in path.iterdir():
-            if is_partial(left.name):
-                left.unlink(missing_ok=True)
+        for left in [found for found in path.rglob("*") if is_partial(found.name)]:
+            left.unlink(missing_ok=True)
         marker.unlink(missing_ok=True)
         sync_directory(path)
     except OSError as error:

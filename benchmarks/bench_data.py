@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sealed data sets and state dicts against the same over plaintext, side by side in one run; what counts is the ratio.
+
+    python benchmarks/bench_data.py [--rows 9600] [--rounds 5] [--shards 800] [--state-mib 2048]
+
+Rows are short labelled Chinese sentences, as in ChnSentiCorp. The plaintext loader is the very same code over a plain
+file, so that what is compared is the seal and nothing else. "100 GB" are 800 shards of 128 MB: names that stand for a
+few real files, so that the disk holds half a gigabyte and every access pattern is that of the whole. Rounds
+interleave the candidates; the figure of each is its best round, which a busy machine disturbs least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from cloister.data import load, save
+from cloister.data.dataset import SealedDataset, SealedIterable
+from cloister.data.rowfiles.lines import LineFile
+from cloister.data.sample import generate_sample
+from cloister.sealed.directory import SealedDirectory, seal_directory
+from fakes.sealed_material import data_key
+
+SHARD_BYTES = 128_000_000
+REAL_SHARDS = 4
+
+
+class PlainFile(io.FileIO):
+    """A plaintext file as the loaders of rows want one."""
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self.fileno()).st_size
+
+
+class PlainRows(Dataset):  # type: ignore[type-arg]
+    """The loader by index over a plain file."""
+
+    def __init__(self, path: Path, memory: int) -> None:
+        self._rows = LineFile(path.name, "jsonl", lambda: PlainFile(path), memory=memory)  # type: ignore[arg-type,return-value]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._rows.row(index)
+
+
+class PlainStream(IterableDataset):  # type: ignore[type-arg]
+    """The streaming loader over plain files."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = paths
+
+    def __iter__(self) -> Iterator[Any]:
+        for path in self._paths:
+            rows = LineFile(path.name, "jsonl", lambda path=path: PlainFile(path), memory=0)  # type: ignore[misc]
+            yield from rows.stream(0, 1)
+
+
+class Again(SealedIterable):
+    """A directory of a few files whose names are asked for many times over."""
+
+    def __init__(self, source: SealedDirectory, count: int) -> None:
+        super().__init__(source)
+        self.files = tuple(self.files[number % len(self.files)] for number in range(count))
+
+
+def samples_per_second(loader: DataLoader[Any], limit: int) -> float:
+    """Take so many samples, the first batch not counted: workers start and indexes are made then."""
+    stream = iter(loader)
+    first = len(next(stream)["text"])
+    taken, start = 0, time.perf_counter()
+    for batch in stream:
+        taken += len(batch["text"])
+        if taken + first >= limit:
+            break
+    return taken / (time.perf_counter() - start)
+
+
+def compare(title: str, rounds: int, limit: int, sealed: Callable[[], Any], plain: Callable[[], Any]) -> None:
+    """Print both rates and their ratio."""
+    best, ratios = {"sealed": 0.0, "plain": 0.0}, []
+    for number in range(rounds):
+        pair = [("sealed", sealed), ("plain", plain)]
+        rates = {}
+        for name, make in pair if number % 2 else pair[::-1]:
+            rates[name] = samples_per_second(make(), limit)
+            best[name] = max(best[name], rates[name])
+        ratios.append(rates["sealed"] / rates["plain"])
+    print(
+        f"{title:44}{best['sealed']:12,.0f}{best['plain']:12,.0f}{best['sealed'] / best['plain']:9.1%}"
+        f"{statistics.median(ratios):9.1%}",
+        flush=True,
+    )
+
+
+def loaders(base: Path, rows: int, rounds: int, shards: int) -> None:
+    """Compare every way of loading."""
+    print(f"\n{'DataLoader, samples/s':44}{'sealed':>12}{'plaintext':>12}{'best':>9}{'median':>9}")
+    source = base / "sentences"
+    source.mkdir()
+    lines = sentences(base, rows)
+    (source / "train.jsonl").write_text("".join(lines))
+    seal_directory(source, base / "sealed", data_key=data_key(), dataset="bench")
+    directory = SealedDirectory.open(base / "sealed", data_key=data_key())
+    path = source / "train.jsonl"
+
+    def loader(data: Any, workers: int, shuffle: bool | None) -> Any:
+        return DataLoader(data, batch_size=32, num_workers=workers, shuffle=shuffle)
+
+    everything = rows * 9 // 10
+    for workers in (0, 2):
+        for memory, name in ((1 << 30, "in memory"), (0, "by segment")):
+            ours, theirs = SealedDataset(directory, memory=memory), PlainRows(path, memory)
+            if memory or not workers:
+                compare(
+                    f"sentences, shuffled, {name}, {workers} workers",
+                    rounds,
+                    everything,
+                    lambda: loader(ours, workers, True),  # noqa: B023
+                    lambda: loader(theirs, workers, True),  # noqa: B023
+                )
+        compare(
+            f"sentences, streamed, {workers} workers",
+            rounds,
+            everything,
+            lambda: loader(SealedIterable(directory), workers, None),  # noqa: B023
+            lambda: loader(PlainStream([path]) if not workers else Parts(path), workers, None),  # noqa: B023
+        )
+    big = base / "shards"
+    big.mkdir()
+    text = "".join(lines).encode()
+    for number in range(REAL_SHARDS):
+        with (big / f"{number:04}.jsonl").open("wb") as file:
+            for _ in range(SHARD_BYTES // len(text)):
+                file.write(text)
+    seal_directory(big, base / "sealed-shards", data_key=data_key(), dataset="shards")
+    huge = SealedDirectory.open(base / "sealed-shards", data_key=data_key())
+    plain = [big / f"{number % REAL_SHARDS:04}.jsonl" for number in range(shards)]
+    for workers in (0, 2):
+        compare(
+            f"{shards} shards of 128 MB, streamed, {workers} workers",
+            rounds,
+            30 * rows,
+            lambda: loader(Again(huge, shards), workers, None),  # noqa: B023
+            lambda: loader(Parted(plain), workers, None),  # noqa: B023
+        )
+
+
+class Parts(IterableDataset):  # type: ignore[type-arg]
+    """One plain file, cut among the workers as the sealed one is."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = torch.utils.data.get_worker_info()
+        rows = LineFile(self._path.name, "jsonl", lambda: PlainFile(self._path), memory=0)  # type: ignore[arg-type,return-value]
+        return rows.stream(worker.id if worker else 0, worker.num_workers if worker else 1)
+
+
+class Parted(PlainStream):
+    """Plain files, dealt out to the workers as the sealed ones are."""
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = torch.utils.data.get_worker_info()
+        part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
+        for path in self._paths[part::parts]:
+            rows = LineFile(path.name, "jsonl", lambda path=path: PlainFile(path), memory=0)  # type: ignore[misc]
+            yield from rows.stream(0, 1)
+
+
+def sentences(base: Path, rows: int) -> list[str]:
+    """Return so many different rows as JSON lines."""
+    (base / "sample").mkdir()
+    generate_sample(base / "sample", rows=rows)
+    found = []
+    for name in ("train", "dev", "test"):
+        for line in (base / "sample" / f"{name}.tsv").read_text().splitlines()[1:]:
+            label, text = line.split("\t")
+            # Reviews are longer than the sample's sentences: about 100 characters.
+            found.append(json.dumps({"label": int(label), "text": text * 4}, ensure_ascii=False) + "\n")
+    return found
+
+
+def peak_memory(base: Path, mib: int) -> None:
+    """Print the peak of memory of saving and of loading a state dict, as a multiple of its size."""
+    size = mib << 20
+    path = base / "state.sealed"
+
+    def state() -> dict[str, torch.Tensor]:
+        return {f"layer.{number}": torch.empty(size // 32 // 4, dtype=torch.float32).normal_() for number in range(32)}
+
+    def measured(what: str, before: Callable[[], Any], work: Callable[[Any], Any], held: int) -> None:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:  # a process of its own, so that its memory is its own
+            given = before()
+            # Linux resets the peak on this word; what is resident now, the state among it, is what counts as before.
+            Path("/proc/self/clear_refs").write_text("5")
+            start_kib = _status("VmRSS")
+            start = time.perf_counter()
+            kept = work(given)
+            took = time.perf_counter() - start
+            os.write(write, f"{(_status('VmHWM') - start_kib) * 1024 + held} {took}".encode())
+            del kept
+            os._exit(0)
+        os.waitpid(child, 0)
+        peak, took = os.read(read, 100).split()
+        bound = 1.1 * size + (64 << 20)
+        print(
+            f"{what} {mib} MiB: peak {int(peak) / size:.3f}x ({int(peak) >> 20} MiB; bound {int(bound) >> 20} MiB), "
+            f"{size / float(took) / 1e9:.2f} GB/s",
+            flush=True,
+        )
+
+    print()
+    measured("save", state, lambda given: save(given, path, data_key=data_key()), size)
+    measured("load", lambda: None, lambda _: load(path, data_key=data_key()), 0)
+
+
+def _status(name: str) -> int:
+    """Return a size of this process from /proc, in KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    """Run everything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rows", type=int, default=9600, help="sentences; ChnSentiCorp trains on 9,600")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shards", type=int, default=800)
+    parser.add_argument("--state-mib", type=int, default=2048)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        loaders(Path(directory), arguments.rows, arguments.rounds, arguments.shards)
+    with tempfile.TemporaryDirectory() as directory:
+        peak_memory(Path(directory), arguments.state_mib)
+
+
+if __name__ == "__main__":
+    main()

@@ -43,8 +43,17 @@ def an_owner_reads_keeps_and_verifies_the_log(shell: Shell, tmp_path: Path) -> N
     assert after["log_key"] == before["log_key"]
     assert after["size"] == before["size"] + 2
 
+    plain, sealed, receipt = (tmp_path / name for name in ("plain", "sealed", "receipt"))
+    plain.mkdir()
+    (plain / "note.txt").write_text("kept")
+    shell.run("key", "enable", KEY)
+    shell.run("seal", plain, "-o", sealed, "--key", KEY, "--receipt", receipt)
+    (kept,) = shell.json("audit", "verify", receipt)["verified"]
+    assert (kept["what"], kept["action"], kept["key_uri"]) == ("receipt", "generate", KEY)
+    after = shell.json("audit", "checkpoint", "-o", new)
+
     tail = shell.run("audit", "tail", "--key", KEY, "--json").out.splitlines()
-    assert [json.loads(line)["action"] for line in tail] == ["create-key", "disable"]
+    assert [json.loads(line)["action"] for line in tail][:4] == ["create-key", "disable", "enable", "generate"]
     newest = json.loads(tail[-1])
     shown = shell.run("audit", "show", str(newest["index"]))
     assert f"proven: entry {newest['index']}" in shown.err

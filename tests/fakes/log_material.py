@@ -120,8 +120,8 @@ ENTRIES = st.builds(
 )
 
 
-def receipt_of(released: Released) -> tuple[SignedReceipt, int]:
-    """Return what a workload's receipt says, as its holder keeps it, and the place of the decision."""
+def receipt_of(released: Released) -> SignedReceipt:
+    """Return a workload's receipt as its holder keeps it."""
     answer, receipt = released.data_key, released.data_key.receipt
     message = answer.binding.receipt_message(
         sealed=answer.sealed,
@@ -130,4 +130,4 @@ def receipt_of(released: Released) -> tuple[SignedReceipt, int]:
         index=receipt.place.index,
         root=receipt.place.root,
     )
-    return SignedReceipt(message, receipt.signature), receipt.place.index
+    return SignedReceipt(message, receipt.signature)

@@ -203,15 +203,15 @@ async def test_a_receipt_can_be_kept_with_all_that_proves_it(served: Served) -> 
         await append(broker)
     async with a_client(served) as (client, _):
         look = await client.look(receipt_spki_der=broker.receipt_spki, seen=None)
-        receipt, index = receipt_of(released)
-        document = await client.receipt_document(receipt, index, look)
+        receipt = receipt_of(released)
+        document = await client.receipt_document(receipt, look)
         checked = document.check(broker.log_key.note_key)
         assert checked.claims.binding.key_uri == str(KEY)
         assert checked.logged.entry.caller == str(RANK)
         assert checked.start.broker_id.endswith("/service/keybroker")
         forged = SignedReceipt(receipt.message, bytes(64))
         with pytest.raises(CloisterError) as caught:
-            await client.receipt_document(forged, index, look)
+            await client.receipt_document(forged, look)
         assert caught.value.code is Code.LOG_INVALID
 
 

@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -15,7 +16,8 @@ import pytest
 from cloister.errors import CloisterError, Code
 from cloister.identity import Role, dns_name
 from cloister.runtime.caller import Caller, caller_of_tls
-from cloister.runtime.credentials import StaticCredentials, TlsMaterial, load_own_chain, server_ssl_context
+from cloister.runtime.credentials import Revoked, StaticCredentials, TlsMaterial, load_own_chain, server_ssl_context
+from cloister.runtime.pem import read_leaf
 from fakes.certs import TestCa, some_id
 
 
@@ -37,8 +39,9 @@ class HttpsLike:
                 return
             try:
                 with self.context.wrap_socket(plain, server_side=True) as connection:
-                    bundle = self.credentials.current().bundle
-                    caller = caller_of_tls(connection, "test", bundle, datetime.now(UTC))
+                    trusted = self.credentials.current()
+                    now = datetime.now(UTC)
+                    caller = caller_of_tls(connection, "test", trusted.bundle, now, revoked=trusted.revoked)
                     self.outcomes.append(caller)
                     connection.sendall(str(caller.spiffe_id).encode())
             except (CloisterError, OSError) as error:
@@ -107,6 +110,23 @@ def test_two_uri_names_are_nobody(ca: TestCa, server: HttpsLike) -> None:
     error = refused(server, ca, ca.material(Role.USER, uris=[user, user + "2"]))
     assert isinstance(error, CloisterError)
     assert error.code is Code.CALLER_UNKNOWN
+
+
+def test_a_revoked_certificate_and_one_of_a_revoked_ca_are_nobody(ca: TestCa, server: HttpsLike) -> None:
+    user, other = ca.material(Role.USER), ca.material(Role.USER)
+    leaf = read_leaf(user.chain_pem)
+    for revoked in (
+        Revoked(certificates=frozenset({leaf.sha256})),
+        Revoked(authorities=frozenset({leaf.issuer_key_id})),
+    ):
+        server.credentials.replace(replace(ca.material(Role.GATEWAY), revoked=revoked))
+        error = refused(server, ca, user)
+        assert isinstance(error, CloisterError)
+        assert error.code is Code.DENY_LISTED
+    server.credentials.replace(
+        replace(ca.material(Role.GATEWAY), revoked=Revoked(certificates=frozenset({leaf.sha256})))
+    )
+    assert server.ask(ca, other)[0] == str(some_id(Role.USER))
 
 
 def test_a_new_certificate_and_a_new_ca_are_used_from_the_next_handshake_on(ca: TestCa, server: HttpsLike) -> None:

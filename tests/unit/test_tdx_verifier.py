@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from cloister.tdx.defaultpolicy import DefaultPolicy, Wanted, appraise, appraise_platform
-from cloister.tdx.quote import QuoteRejected
+from cloister.tdx.quote import QuoteRejected, parse_quote
 from cloister.tdx.tcbinfo import TcbStatus
 from cloister.tdx.verifier import Verifier
 from cloister.tdx.verify import Verdict
@@ -31,10 +31,10 @@ def rejection(subject: Verifier, world: World) -> str:
 
 def test_what_was_verified_is_kept_once() -> None:
     world = World()
-    subject, collateral = verifier(world), world.collateral()
+    subject, collateral, quote = verifier(world), world.collateral(), world.quote()
     for _ in range(3):
-        assert subject.verify(world.quote(), collateral, now=world.now).status is TcbStatus.UP_TO_DATE
-    assert subject.kept == (1, 1)
+        assert subject.verify(quote, collateral, now=world.now).status is TcbStatus.UP_TO_DATE
+    assert subject.kept == (1, 1, 1)
 
 
 def test_collateral_that_expires_while_it_is_kept_is_not_used_any_more() -> None:
@@ -79,7 +79,7 @@ def test_a_failure_is_not_kept_and_spoils_nothing() -> None:
             subject.verify(quote, bad, now=world.now)
         assert caught.value.check == "T2"
     assert subject.verify(quote, good, now=world.now)
-    assert subject.kept == (1, 1)
+    assert subject.kept == (1, 1, 1)
 
 
 def test_a_chain_that_is_kept_vouches_only_for_its_own_quotes() -> None:
@@ -93,6 +93,33 @@ def test_a_chain_that_is_kept_vouches_only_for_its_own_quotes() -> None:
     with pytest.raises(QuoteRejected) as caught:
         subject.verify(mine.quote(), other.collateral(), now=mine.now)
     assert caught.value.check == "E3"
+
+
+def test_a_report_that_is_kept_vouches_for_its_very_bytes_and_its_own_platform() -> None:
+    world, other = World(), World()
+    subject, collateral = verifier(world, other), world.collateral()
+    quote = world.quote()
+    assert subject.verify(quote, collateral, now=world.now)
+    signature = parse_quote(quote).signature
+    for part, row in (
+        (signature.qe_report, "E1"),
+        (signature.qe_report_signature, "E1"),
+        (signature.attestation_key, "E4"),  # no point on the curve any more
+        (signature.signature, "E3"),
+    ):
+        place = quote.index(part) + len(part) - 1
+        forged = quote[:place] + bytes([quote[place] ^ 1]) + quote[place + 1 :]
+        for _ in range(2):  # a failure is not kept
+            with pytest.raises(QuoteRejected) as caught:
+                subject.verify(forged, collateral, now=world.now)
+            assert caught.value.check == row
+    assert subject.verify(other.quote(), other.collateral(), now=other.now)
+    other.edit = lambda its: its.replace(parse_quote(its).signature.qe_report, signature.qe_report).replace(
+        parse_quote(its).signature.qe_report_signature, signature.qe_report_signature
+    )
+    assert rejection(subject, other) == "E1"
+    assert subject.verify(quote, collateral, now=world.now)
+    assert subject.kept[2] == 2
 
 
 def test_memory_is_bounded() -> None:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from cloister.cli.state import StateDirectory
     from cloister.guest.decisionlog import LogClient, Look
     from cloister.transparency.checkpoint import Checkpoint
-    from cloister.transparency.documents import SignedReceipt
     from cloister.transparency.entry import LoggedEntry
     from cloister.transparency.note import NoteKey
 
@@ -55,15 +54,20 @@ async def export_log(session: Session, write: Any) -> dict[str, Any]:
     return {"log": str(look.seen.log)}
 
 
-async def save_receipt(session: Session, receipt: SignedReceipt | None, index: int, path: Path) -> None:
-    """Keep a receipt with everything that proves it."""
+async def save_receipts(session: Session, path: Path) -> None:
+    """Keep the receipts of this session with everything that proves them, one on each line."""
     from cloister.atomicfile import write_atomically
 
-    if receipt is None:
-        raise CloisterError(Code.ARGUMENT_INVALID, what="there is no receipt to keep", why="no data key was asked for")
+    if not session.receipts:
+        raise CloisterError(
+            Code.ARGUMENT_INVALID,
+            what="there is no receipt to keep",
+            why="nothing was asked of the broker that it gives a receipt for",
+            todo="leave --receipt out",
+        )
     client, look = await look_at_log(session)
-    document = await client.receipt_document(receipt, index, look)
-    write_atomically(path, document.to_bytes())
+    documents = [await client.receipt_document(receipt, look) for receipt in session.receipts]
+    write_atomically(path, b"".join(document.to_bytes() for document in documents))
 
 
 def known_key(state: StateDirectory, given: str) -> NoteKey:
@@ -118,8 +122,9 @@ class Evidence:
                 return
             data = first + file.read(_MAX_FILE)
         if found == RECEIPT_FORMAT:
-            checked = ReceiptDocument.parse(data).check(self.key)
-            self._found(path, "receipt", log_size=checked.checkpoint.size, **entry_document(checked.logged))
+            for line in data.splitlines(keepends=True):
+                checked = ReceiptDocument.parse(line).check(self.key)
+                self._found(path, "receipt", log_size=checked.checkpoint.size, **entry_document(checked.logged))
         elif found == GROWTH_FORMAT:
             document = GrowthDocument.parse(data)
             old, new = document.check(self.key)

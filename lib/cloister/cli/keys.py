@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from cloister.cli.options import Json, State, existing_file, in_session, state_directory
+from cloister.cli.options import Json, Receipt, State, existing_file, in_session, state_directory
 from cloister.cli.output import Output
 from cloister.errors import CloisterError, Code
 
@@ -73,6 +73,7 @@ def import_(
         list[PurposeName] | None, typer.Option("--purpose", help="May be repeated; default: the policy's purposes.")
     ] = None,
     policy: Annotated[Path | None, typer.Option("--policy", help=_POLICY_HELP)] = None,
+    receipt: Receipt = None,
     state: State = None,
     json: Json = False,
 ) -> None:
@@ -92,7 +93,7 @@ def import_(
         _note_verified(session, output)
         return key_document(key)
 
-    output.item(in_session(state, work))
+    output.item(in_session(state, work, receipts=receipt))
 
 
 @app.command(name="list")

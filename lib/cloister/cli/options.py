@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout; progress goes to stderr.")]
+Receipt = Annotated[
+    Path | None,
+    typer.Option("--receipt", metavar="FILE", help="Keep the broker's receipt here, with what proves it offline."),
+]
 State = Annotated[
     Path | None,
     typer.Option("--state", envvar="CLOISTER_STATE", help="State directory (default ~/.local/state/cloister)."),
@@ -95,12 +99,19 @@ def state_directory(option: Path | None) -> StateDirectory:
     return StateDirectory.resolve(option or _root_state.get())
 
 
-def in_session(state: Path | None, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
-    """Run `work` with a session on the running stack."""
+def in_session(
+    state: Path | None, work: Callable[[Session], Coroutine[Any, Any, T]], *, receipts: Path | None = None
+) -> T:
+    """Run `work` with a session on the running stack; keep the receipts that it got in a file, if one is named."""
     from cloister.cli.session import open_session
 
     async def with_session() -> T:
         async with open_session(state_directory(state)) as session:
-            return await work(session)
+            result = await work(session)
+            if receipts is not None:
+                from cloister.cli.auditlog import save_receipts
+
+                await save_receipts(session, receipts)
+            return result
 
     return run_async(with_session())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from cloister.cli.options import Json, State, existing_directory, in_session
+from cloister.cli.options import Json, Receipt, State, existing_directory, in_session
 from cloister.cli.output import Output
 from cloister.errors import CloisterError, Code
 
@@ -50,6 +50,7 @@ def seal(
         list[str] | None,
         typer.Option("--column", metavar="NAME", help="Seal these columns of a CSV or TSV file; may be repeated."),
     ] = None,
+    receipt: Receipt = None,
     state: State = None,
     json: Json = False,
 ) -> None:
@@ -78,7 +79,7 @@ def seal(
             return await sealedfiles.seal_file(session, sources[0], out, key_uri=key, dataset=dataset, output=output)
         return await sealedfiles.seal_directory(session, sources, out, key_uri=key, dataset=dataset, output=output)
 
-    _show(output, in_session(state, work), out)
+    _show(output, in_session(state, work, receipts=receipt), out)
 
 
 def open_(
@@ -93,6 +94,7 @@ def open_(
         list[str] | None,
         typer.Option("--signer", metavar="DID", help="Accept only directories that this did:key signed."),
     ] = None,
+    receipt: Receipt = None,
     state: State = None,
     json: Json = False,
 ) -> None:
@@ -115,7 +117,7 @@ def open_(
                 return await sealedfiles.open_table(session, source, out, columns=columns or [])
             return await sealedfiles.open_file(session, source, out, output=output)
 
-    _show(output, in_session(state, work), out)
+    _show(output, in_session(state, work, receipts=receipt), out)
 
 
 def check_rows(place: Path) -> dict[str, int]:

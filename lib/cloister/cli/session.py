@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cloister.cli.state import Stack
     from cloister.guest.owner import VerifiedService
     from cloister.runtime.credentials import CredentialSource
+    from cloister.transparency.documents import SignedReceipt
 
 CALL_TIMEOUT_S: Final = 15.0
 _ROLES: Final = {
@@ -33,6 +34,7 @@ class Session:
         self.stack = stack
         self.credentials = credentials
         self.verified: dict[str, VerifiedService] = {}  # see cloister.cli.trust
+        self.receipts: list[SignedReceipt] = []  # of data keys and imports, in their order
         self._channels: dict[str, Any] = {}
 
     @property

@@ -73,6 +73,7 @@ async def owner_keys(session: Session) -> OwnerKeyClient:
         session.stack.endpoint("keybroker"),
         signing_key=signing_key(session.state),
         verified=verified,
+        keep=session.receipts.append,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 from cloister.api.keybroker.v1 import keybroker_pb2 as pb
 from cloister.api.keybroker.v1 import keybroker_pb2_grpc as rpc
 from cloister.errors import CloisterError, Code
+from cloister.protocol import ReceiptClaims
 from cloister.runtime.channel import invoke, stream
 from cloister.transparency.checkpoint import Checkpoint
 from cloister.transparency.documents import GrowthDocument, ReceiptDocument, SignedReceipt
@@ -89,9 +90,9 @@ class LogClient:
         document.check(key)
         return document
 
-    async def receipt_document(self, receipt: SignedReceipt, index: int, look: Look) -> ReceiptDocument:
-        """Return a receipt of the broker's present life with all that proves it, verified."""
-        size = look.checkpoint.size
+    async def receipt_document(self, receipt: SignedReceipt, look: Look) -> ReceiptDocument:
+        """Return a verified receipt of the broker's present life, with all that proves it; `look` is newer than it."""
+        index, size = ReceiptClaims.parse(receipt.message).index, look.checkpoint.size
         entry = await self._call("GetDecision", pb.GetDecisionRequest(index=index), f"get decision {index}")
         inclusion = await self._call(
             "GetInclusionProof", pb.GetInclusionProofRequest(index=index, size=size), f"get the proof of {index}"

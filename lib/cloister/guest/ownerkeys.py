@@ -8,7 +8,7 @@ machine only sealed to a key of this call, and with a receipt that is checked be
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -33,6 +33,7 @@ from cloister.runtime.pem import read_leaf
 from cloister.sealed.datakey import DataKey
 from cloister.secret import SecretBytes
 from cloister.tlv import sha384
+from cloister.transparency.documents import SignedReceipt
 
 _CALL_TIMEOUT_S: Final = 20.0
 OWNER_PURPOSES: Final = {**PURPOSES, "export": keybroker_pb2.PURPOSE_EXPORT}
@@ -48,7 +49,10 @@ class OwnerKeyClient:
         *,
         signing_key: Ed25519PrivateKey,
         verified: VerifiedService | None = None,
+        keep: Callable[[SignedReceipt], object] = lambda _receipt: None,
     ) -> None:
+        """`keep` takes every receipt that was verified."""
+        self._keep = keep
         self._credentials = credentials
         self._endpoint = endpoint
         self._signing_key = signing_key
@@ -123,7 +127,9 @@ class OwnerKeyClient:
             broker_id=str(SpiffeId.service(material.spiffe_id.trust_domain, Role.KEYBROKER)),
             wrapped_digest=b"",
         )
-        check_receipt(response.receipt, binding=binding, sealed=sealed, receipt_spki_der=evidence.receipt_spki_der)
+        receipt = response.receipt
+        message = check_receipt(receipt, binding=binding, sealed=sealed, receipt_spki_der=evidence.receipt_spki_der)
+        self._keep(SignedReceipt(message, receipt.signature))
         return self._mine(response.key)
 
     async def show(self, uri: str) -> keybroker_pb2.Key:
@@ -355,6 +361,7 @@ class OwnerKeyClient:
         received = open_answer(
             answer, response.receipt, binding=binding, recipient=recipient, receipt_spki_der=receipt_spki
         )
+        self._keep(received.receipt)
         return received.data_key
 
     async def _key(self, method: str, request: Any, what: str) -> keybroker_pb2.Key:

@@ -20,6 +20,7 @@ from cloister.runtime.channel import invoke
 from cloister.sealed.datakey import DATA_KEY_SIZE, DataKey
 from cloister.tdx.quote import Quote, QuoteRejected
 from cloister.tlv import sha384, tlv
+from cloister.transparency.documents import SignedReceipt
 
 _CALL_TIMEOUT_S: Final = 20.0
 _LOG_ID_SIZE: Final = 48  # SHA-384 of the log's own key; which log it is, the owner's audit compares
@@ -29,10 +30,11 @@ _NO_LEASE: Final = LeaseTerms()  # the owner's own calls
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A data key, and the digest of the receipt for it (48 bytes) as the TD records it."""
+    """A data key, the digest of the receipt for it (48 bytes) as the TD records it, and the receipt to be kept."""
 
     data_key: DataKey
     receipt_digest: bytes
+    receipt: SignedReceipt
 
 
 def open_answer(
@@ -58,7 +60,8 @@ def open_answer(
     if len(secret) != DATA_KEY_SIZE:
         refuse(f"a data key of {len(secret)} bytes instead of {DATA_KEY_SIZE}")
     data_key = DataKey(secret, answer.wrapped, answer.key_uri, answer.key_version)
-    return Received(data_key, sha384(tlv("cloister-receipt-digest-v1", message, receipt.signature)))
+    digest = sha384(tlv("cloister-receipt-digest-v1", message, receipt.signature))
+    return Received(data_key, digest, SignedReceipt(message, receipt.signature))
 
 
 def check_answer(

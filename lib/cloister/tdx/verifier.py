@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verify many quotes: what was verified once is not verified again, and is still asked for its time at every use.
 
-A fleet's quotes share collateral, and a platform's quotes share its PCK chain. Both are kept by the hash of their
-bytes, with what was verified about them for all times: signatures, roles, revocation. What depends on time is not kept
-but asked again: an entry outlives neither its certificates nor its nextUpdate, and a clock that steps back finds it not
-yet valid. Only successes are kept: a forgery poisons nothing.
+A fleet's quotes share collateral; a platform's quotes share its PCK chain, and its quoting enclave's report for as long
+as that keeps its attestation key. They are kept by the hash of their bytes, with what was verified about them for all
+times: signatures, roles, revocation. What depends on time is not kept but asked again: an entry outlives neither its
+certificates nor its nextUpdate, and a clock that steps back finds it not yet valid. Only successes are kept: a forgery
+poisons nothing.
 """
 
 from __future__ import annotations
@@ -72,13 +73,19 @@ class Verifier:
         self._minimum_evaluation_number = minimum_evaluation_number
         self._collateral: _Kept[VerifiedCollateral] = _Kept(max_collateral)
         self._chains: _Kept[PckChain] = _Kept(max_chains)
+        self._reports: _Kept[bool] = _Kept(max_chains)
 
     def verify(self, data: bytes, collateral: Collateral, *, now: datetime) -> Verdict:
         """Verify a quote and judge its platform at `now` (aware); raise QuoteRejected."""
         now = sane_time(now)
         quote = parse_quote(data)
         chain, verified = self._known(quote.signature.pck_chain_pem, collateral, now)
-        verdict = judge(quote, chain, verified, now)
+        signature = quote.signature
+        report_key = hashlib.sha256(chain.leaf.der + signature.qe_report + signature.qe_report_signature).digest()
+        vouched = self._reports.get(report_key, now) is not None
+        verdict = judge(quote, chain, verified, now, vouched=vouched)
+        if not vouched:
+            self._reports.put(report_key, min(window.end for window in chain.windows), True)
         # T13: signed, and too old all the same.
         if verdict.tcb_evaluation_number < self._minimum_evaluation_number:
             raise QuoteRejected(
@@ -87,9 +94,9 @@ class Verifier:
         return verdict
 
     @property
-    def kept(self) -> tuple[int, int]:
-        """How much is kept: collateral, chains."""
-        return len(self._collateral), len(self._chains)
+    def kept(self) -> tuple[int, int, int]:
+        """How much is kept: collateral, chains, reports of quoting enclaves."""
+        return len(self._collateral), len(self._chains), len(self._reports)
 
     def _known(self, pem: bytes, collateral: Collateral, now: datetime) -> tuple[PckChain, VerifiedCollateral]:
         """Return chain and collateral, verified now or before; the chain's revocation is bound to this collateral."""

@@ -202,11 +202,16 @@ def verify_with_collateral(
     return judge(quote, chain, verified, now)  # 3 (P6), 4 (times), 5, 6
 
 
-def judge(quote: AnyQuote, chain: PckChain, collateral: VerifiedCollateral, now: datetime) -> Verdict:
-    """Judge a quote by its chain and by collateral that does not revoke it; both are verified, and asked for `now`."""
+def judge(
+    quote: AnyQuote, chain: PckChain, collateral: VerifiedCollateral, now: datetime, *, vouched: bool = False
+) -> Verdict:
+    """Judge a quote by its chain and by collateral that does not revoke it; both are verified, and asked for `now`.
+
+    `vouched`: this PCK key's signature over this very QE report (E1) was verified before.
+    """
     require_within(chain.windows, now)
     require_within(collateral.windows, now)
-    report = authenticate(quote, chain)
+    report = authenticate(quote, chain, vouched=vouched)
     tcb = evaluate_tcb(collateral.tcb_info, collateral.qe_identity, chain.pck, report, quote)
     return Verdict(quote, chain, collateral, tcb, now, witness=_WITNESS)
 
@@ -218,8 +223,11 @@ def sane_time(now: datetime) -> datetime:
     return now.astimezone(UTC)
 
 
-def authenticate(quote: AnyQuote, chain: PckChain) -> QeReport:
-    """Verify the three signatures of a quote below its chain (E1 to E4, Q7); return the quoting enclave's report."""
+def authenticate(quote: AnyQuote, chain: PckChain, *, vouched: bool = False) -> QeReport:
+    """Verify the three signatures of a quote below its chain (E1 to E4, Q7); return the quoting enclave's report.
+
+    `vouched`: E1 of these very bytes was verified before.
+    """
     signature = quote.signature
     # E4: before E1 to E3, which compute with these numbers. High s is valid.
     try:
@@ -229,7 +237,7 @@ def authenticate(quote: AnyQuote, chain: PckChain) -> QeReport:
     report_signature = _signature(signature.qe_report_signature, "QE report")
     quote_signature = _signature(signature.signature, "quote")
     # E1: the platform vouches for its quoting enclave, ...
-    if not ecdsa.verifies(chain.leaf.key, report_signature, signature.qe_report):
+    if not vouched and not ecdsa.verifies(chain.leaf.key, report_signature, signature.qe_report):
         _reject("E1", "the PCK key did not sign the QE report")
     # E2: ... which vouches for the attestation key.
     report = QeReport.parse(signature.qe_report)

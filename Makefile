@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make demo` and `make test` do all set-up themselves; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check protos format bench fuzz clean node softhsm
+.PHONY: help setup demo test check protos format bench bench-sealed fuzz clean node softhsm
 
 PY := .venv/bin
 DATA ?=
@@ -12,7 +12,7 @@ KEEP ?=
 ARGS ?=
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv with everything in it (once)
 	@./scripts/setup.sh
@@ -37,6 +37,9 @@ format: setup ## format and sort imports
 
 bench: setup ## print the figures of README and docs
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(PY)/python $$file || exit 1; done
+
+bench-sealed: setup ## print the figures of sealed data: files, loaders, memory
+	@for name in sealed data; do echo "== benchmarks/bench_$$name.py"; $(PY)/python benchmarks/bench_$$name.py || exit 1; done
 
 fuzz: setup ## fuzz every parser of outside bytes for a minute each
 	@for file in tests/fuzz/fuzz_*.py; do echo "== $$file"; $(PY)/python $$file -max_total_time=60 || exit 1; done

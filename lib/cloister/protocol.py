@@ -144,8 +144,9 @@ def job_config_digest(
 def unseal_info(*, action: str, broker_id: str, nonce: bytes) -> bytes:
     """Return the info of a share or passphrase that is sealed to the broker.
 
-    `action` is "unseal", "initialize" or "rekey": what was meant for one is of no use for another. The nonce is of
-    GetSealStatus, and another one each time the broker is sealed: a recorded share cannot be handed in again.
+    `action` is "unseal", "initialize", "rekey" (what the next root key is) or "replace" (the present root key, shown
+    to let the next one take its place): what was meant for one is of no use for another. The nonce is of GetSealStatus,
+    and another one each time the broker is sealed or a replacement begins: a recorded share cannot be handed in again.
     """
     return tlv("cloister-unseal-v1", action, broker_id, nonce)
 

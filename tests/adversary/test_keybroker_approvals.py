@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import apsw
 import pytest
@@ -83,6 +84,30 @@ async def test_as_many_approvals_as_the_policy_asks_for_release(world: World) ->
     assert world.td.open(released)
     block = next(b for b in (await world.broker.log())[0].entry.blocks if b.name == "release.approvals")
     assert set(block.got.split(", ")) == {world.approvers[0].name, world.approvers[2].name}
+
+
+class ApprovedMeanwhile:
+    """The broker's store, where the approvals come in just before a release is written."""
+
+    def __init__(self, world: World) -> None:
+        self._store, self._world, self._done = world.broker.store, world, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def write(self, work: Any) -> Any:
+        if not self._done:
+            self._done = True
+            await self._world.approve(0, 1)
+        return await self._store.write(work)
+
+
+async def test_a_release_that_is_approved_while_it_is_decided_has_its_data_key(world: World) -> None:
+    """The log never says that something was released which was not."""
+    world.broker.releases._store = ApprovedMeanwhile(world)  # type: ignore[assignment]
+    assert len(world.td.open(await world.td.release())) == 32
+    newest = (await world.broker.log())[0].entry
+    assert (newest.action, newest.granted) == ("generate", True)
 
 
 async def test_one_approver_counts_once(world: World) -> None:

@@ -88,7 +88,10 @@ async def test_no_key_of_a_whole_run_stands_in_anything_it_wrote(tmp_path: Path)
         (tmp_path / "backup").write_bytes(b"".join([chunk async for chunk in operator.backup()]))
         seen = beside_its_name(broker)
 
-        newer = [share.words for share in new.open(await operator.rekey(new.public_keys, threshold=2))]
+        sealed, name = await operator.rekey(new.public_keys, threshold=2)
+        newer = [share.words for share in new.open(sealed)]
+        for share in shares[:2]:
+            await operator.show(share, name)
         with pytest.raises(CloisterError):
             await operator.hand_in(shares[0])
         for share in newer:

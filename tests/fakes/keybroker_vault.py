@@ -78,6 +78,11 @@ class AVault:
         await self.vault.initialize(new)
         return new
 
+    async def rekey(self, new: NewRoot, *present: SecretBytes) -> None:
+        """Begin to replace the root key, and show the present one."""
+        await self.vault.begin_rekey(new)
+        await self.hand_in(*present)
+
     async def log(self) -> list[LoggedEntry]:
         store = self.vault.opened.store
         return await store.read(lambda t: t.newest_entries("ops", key_uri="", limit=100))

@@ -94,6 +94,16 @@ async def test_an_operators_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         words = [share["words"] for share in new.document["shares"]]
         assert all(len(text.split()) == 33 for text in words)
         assert (await broker_command("status")).document["need"] == 2
+        early = await broker_command("unseal", stdin=f"{words[0]}\n")
+        assert (early.code, early.document["error"]["code"]) == (3, "CLO-1362"), early.err
+        other = await broker_command(
+            "unseal", "--rekey", "0" * 16, "--share", files[0], "--holder-key", tmp_path / "ada"
+        )
+        assert other.document["error"]["what"] == "the broker waits for no root key named 0000000000000000"
+        for number, name in ((0, "ada"), (2, "edsger")):
+            holder = ("--share", files[number], "--holder-key", tmp_path / name)
+            shown = await broker_command("unseal", "--rekey", new.document["rekey"], *holder)
+        assert (shown.document["have"], shown.document["need"]) == (0, 2)
         for text in words[:2]:
             handed = await broker_command("unseal", stdin=f"{text}\n")
         assert handed.document["state"] == "unsealed"
@@ -133,6 +143,7 @@ async def test_an_operators_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ["rekey", "--file", "--shares", "2"],
         ["rekey"],
         ["unseal", "--share", "share.json"],
+        ["unseal", "--root-key-file", "root.key"],
         ["unseal", "--holder-key", "ada"],
     ],
 )

@@ -99,8 +99,16 @@ async def test_a_broker_of_shares_from_the_first_day_to_a_restored_backup(tmp_pa
 
         # New shares, for people at this machine; the old ones are of no use from then on.
         own = OwnHolders(3)
-        new = own.open(await operator.rekey(own.public_keys, threshold=2))
-        assert (await operator.status()).need == 2
+        _, forgotten = await operator.rekey(own.public_keys, threshold=2)
+        sealed, name = await operator.rekey(own.public_keys, threshold=2)
+        new = own.open(sealed)
+        # A share for one replacement is not used for another, nor is one that was meant to unseal.
+        assert await code_of(operator.show(shares[0], forgotten)) is Code.UNSEAL_REFUSED
+        assert await code_of(operator.hand_in(shares[0])) is Code.UNSEAL_REFUSED
+        assert await code_of(operator.hand_in(new[0].words)) is Code.UNSEAL_REFUSED
+        assert ((await operator.status()).have, (await operator.status()).need) == (0, 2)
+        for share in shares:
+            await operator.show(share, name)
         for share in new[:2]:
             status = await operator.hand_in(share.words)
         assert (status.state, status.need) == (pb.SEAL_STATE_UNSEALED, 0)
@@ -146,7 +154,10 @@ async def test_a_broker_of_a_passphrase() -> None:
             with suppress(CloisterError):
                 await operator.hand_in(PASSPHRASE)
         again = SecretBytes(b"quite another one, of 30 bytes")
-        assert (await operator.rekey_with_passphrase(again)).state == pb.SEAL_STATE_UNSEALED
+        name = await operator.rekey_with_passphrase(again)
+        assert await code_of(operator.hand_in(again)) is Code.UNSEAL_REFUSED
+        await operator.show(PASSPHRASE, name)
+        assert (await operator.hand_in(again)).state == pb.SEAL_STATE_UNSEALED
         await operator.seal()
         assert (await operator.hand_in(again)).state == pb.SEAL_STATE_UNSEALED
         assert await broker.stop() == 0

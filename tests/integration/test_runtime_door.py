@@ -67,14 +67,13 @@ async def ask(ends: Ends, line: bytes = b"hello\n") -> bytes:
     return await asyncio.wait_for(reader.readline(), 10)
 
 
-async def is_inside(ends: Ends) -> bool:
-    """Say whether a connection is answered before one of another address that comes later."""
+async def is_left_outside(ends: Ends) -> bool:
+    """Say something, and say whether that is not answered for a while."""
     reader, writer = ends
     writer.write(b"hello\n")
     done, _ = await asyncio.wait([task := asyncio.create_task(reader.readline())], timeout=0.05)
-    if not done:
-        task.cancel()
-    return bool(done)
+    task.cancel()
+    return not done
 
 
 async def test_what_both_say_arrives_whole() -> None:
@@ -91,7 +90,7 @@ async def test_the_first_bytes_of_a_caller_in_line_are_not_lost() -> None:
         assert await ask(first) == b"hello\n"
         second[1].write(b"early\n")
         await second[1].drain()
-        assert not await is_inside(second)
+        assert await is_left_outside(second)
         first[1].close()
         assert await asyncio.wait_for(second[0].readline(), 10) == b"early\n"
         assert await asyncio.wait_for(second[0].readline(), 10) == b"hello\n"
@@ -100,7 +99,8 @@ async def test_the_first_bytes_of_a_caller_in_line_are_not_lost() -> None:
 async def test_an_address_has_so_many_inside_and_another_does_not_wait_for_it() -> None:
     async with door(inside=2) as (server, opened):
         ours = [await visit(opened) for _ in range(3)]
-        assert [await is_inside(ends) for ends in ours] == [True, True, False]
+        assert [await ask(ends) for ends in ours[:2]] == [b"hello\n", b"hello\n"]
+        assert await is_left_outside(ours[2])
         assert len(server.peers) == 2
         assert await ask(await visit(opened, _SECOND)) == b"hello\n"
 
@@ -155,6 +155,17 @@ async def test_a_new_connection_waits_until_its_address_has_earned_it() -> None:
         assert await ask(await visit(opened, _SECOND)) == b"hello\n"
 
 
+async def test_an_address_that_sends_too_much_is_read_no_faster_than_it_earns() -> None:
+    async with door(bytes_burst=100_000, bytes_per_s=1_000_000) as (_, opened):
+        line = b"x" * 149_999 + b"\n"
+        greedy, also_greedy, modest = await visit(opened), await visit(opened), await visit(opened, _SECOND)
+        began = asyncio.get_running_loop().time()
+        assert await asyncio.gather(ask(greedy, line), ask(also_greedy, line)) == [line, line]
+        assert await ask(modest) == b"hello\n"
+        assert await asyncio.gather(ask(greedy), ask(also_greedy)) == [b"hello\n", b"hello\n"]  # what it owed is paid
+        assert 0.19 <= asyncio.get_running_loop().time() - began <= 10
+
+
 async def test_who_waited_too_long_is_turned_away_and_who_is_inside_stays() -> None:
     async with door(inside=1, wait_s=0.01) as (_, opened):
         first, second = await visit(opened), await visit(opened)
@@ -178,7 +189,7 @@ async def test_too_many_in_line_cost_the_longest_line_its_newest() -> None:
         assert await ask(flood[0]) == b"hello\n"
         assert await ask(ours[0]) == b"hello\n"
         assert await _turned_away(flood[3])
-        assert not await is_inside(flood[1])
+        assert await is_left_outside(flood[1])
         ours[0][1].close()
         assert await ask(ours[1]) == b"hello\n"
 
@@ -188,11 +199,11 @@ async def test_all_addresses_share_what_there_is_in_turn() -> None:
         first = await visit(opened)
         assert await ask(first) == b"hello\n"
         second, third = await visit(opened), await visit(opened, _SECOND)
-        assert not await is_inside(second)
-        assert not await is_inside(third)
+        assert await is_left_outside(second)
+        assert await is_left_outside(third)
         first[1].close()
         assert await asyncio.wait_for(second[0].readline(), 10)
-        assert not await is_inside(third)
+        assert await is_left_outside(third)
         second[1].close()
         assert await asyncio.wait_for(third[0].readline(), 10)
 

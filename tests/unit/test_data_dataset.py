@@ -23,10 +23,12 @@ from torch.utils.data import DataLoader
 
 from cloister.data import keyring
 from cloister.data.dataset import SealedDataset, SealedIterable
+from cloister.data.rowfiles import open_rows
 from cloister.errors import CloisterError, Code
 from cloister.sealed.datakey import DataKey
 from cloister.sealed.directory import SealedDirectory, seal_directory
-from fakes.sealed_material import data_key
+from cloister.sealed.stream import SealedReader
+from fakes.sealed_material import data_key, sealed_bytes
 
 COUNT = 1000
 ROWS = [{"id": str(number), "text": f"行 {number}, said" + " x" * (number % 40)} for number in range(COUNT)]
@@ -270,6 +272,16 @@ def test_any_csv_is_cut_into_its_rows(cells: list[tuple[str, str]], parts: int, 
     pieces = iter([data[at : at + chunk] for at in range(0, len(data), chunk)])
     rows = [next(csv.reader([row.decode()])) for row in lines._rows(pieces, True, "t") if row.strip()]
     assert rows == [next(csv.reader([row])) for row in _records(cells)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from(["1", "", "[22]", '"three"']), max_size=12), st.integers(1, 40), st.booleans())
+def test_a_small_file_in_many_parts_gives_every_row_once(values: list[str], parts: int, ended: bool) -> None:
+    text = "\n".join(values) + ("\n" if ended else "")
+    content = sealed_bytes(text.encode(), segment_size=64)
+    rows = open_rows("a.jsonl", lambda: SealedReader(io.BytesIO(content), data_key=data_key()), memory=0)
+    streamed = [row for part in range(parts) for row in rows.stream(part, parts)]
+    assert streamed == [json.loads(value) for value in values if value] == [rows.row(n) for n in range(len(rows))]
 
 
 def _records(cells: list[tuple[str, str]]) -> list[str]:

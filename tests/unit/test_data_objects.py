@@ -46,6 +46,21 @@ def there_and_back(obj: Any, path: Path) -> Any:
     return load(path, data_key=KEY)
 
 
+def test_a_file_may_be_named_as_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "model.sealed"
+    save({"w": torch.ones(2)}, path, data_key=KEY)
+    assert torch.equal(load(path, data_key=KEY)["w"], torch.ones(2))
+    with open_sealed(path, data_key=KEY) as file:
+        assert file.header.associated.path == "model"
+
+
+def test_a_name_that_cannot_be_bound_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(CloisterError) as caught:
+        save({}, tmp_path / "a\nb", data_key=KEY)
+    assert caught.value.code is Code.ARGUMENT_INVALID
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_state_dict_is_a_plain_safetensors_file_inside(tmp_path: Path) -> None:
     state = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).state_dict()
     save(state, tmp_path / "model", data_key=KEY)

@@ -126,7 +126,7 @@ async def test_a_backup_under_another_root_key_is_refused(tmp_path: Path) -> Non
         old = await unsealed(vault)
         saved = await a_backup_of(vault)
         new = new_root_from_shares(threshold=2, count=2)
-        await vault.vault.begin_rekey(new)
+        await vault.rekey(new, *old.shares[:2])
         await vault.hand_in(*new.shares)
     (tmp_path / "backup").write_bytes(saved)
     assert await refused(tmp_path / "backup", tmp_path / "b" / STORE, new.root_key) is Code.BACKUP_INVALID

@@ -69,6 +69,20 @@ async def test_a_rank_with_an_older_version_gets_no_key(broker: Broker) -> None:
     assert await release(broker, made.wrapped, MANIFESTS[4], MANIFESTS[2]) == secret
 
 
+async def test_an_older_version_does_not_come_back_under_a_newer_number(broker: Broker) -> None:
+    """Publishing needs the owner's certificate only: who can have one made must not roll data back with it."""
+    made, secret = await broker.generate()
+    for version in (1, 2):
+        await publish(broker, made.wrapped, version)
+    again = Publication("reviews", 3, MANIFESTS[1])
+    key = WrappedKey(KEY, 1, made.wrapped)
+    error = await refused(broker.data_keys.publish(owner(), key, again, MANIFESTS[2]), Code.DATASET_VERSION)
+    assert "was published before" in error.why
+    await refused(release(broker, made.wrapped, MANIFESTS[1]), Code.RELEASE_DENIED)
+    await publish(broker, made.wrapped, 3)  # one with a manifest of its own follows
+    assert await release(broker, made.wrapped, MANIFESTS[3]) == secret
+
+
 async def test_an_owner_opens_the_newest_version_only(broker: Broker) -> None:
     made, secret = await broker.generate()
     await publish(broker, made.wrapped, 1)

@@ -8,6 +8,7 @@ import pytest
 from cloister.errors import CloisterError, Code
 from cloister.recovery import ShareSet
 from cloister.secret import SecretBytes
+from cloister_keybroker.rootkey import RootKey
 from cloister_keybroker.sealrecord import SealRecord, Stretching
 from cloister_keybroker.unsealing import (
     SHARE_LIFE_S,
@@ -149,9 +150,16 @@ def test_a_passphrase_gives_the_same_root_key_for_ever() -> None:
     assert stretched(RIGHT, CHEAP).canary().hex() == "d06773b1600b3b14d8c17f9306b53bfac112c760351dd0228709869f84e3d46a"
 
 
-def test_a_record_without_shares_or_passphrase_takes_nothing() -> None:
-    with pytest.raises(ValueError, match="not handed in"):
-        Unsealing(SealRecord(), b"", MonotonicClock()).hand_in(SecretBytes(b""), "ada")
+@pytest.mark.parametrize("content", [b"", b"\x00" * 31, b"\x01" * 32])
+def test_a_root_key_of_a_file_is_shown_by_its_content(content: bytes) -> None:
+    root = SecretBytes(b"\x00" * 32)
+    unsealing = Unsealing(SealRecord(), RootKey(root).canary(), MonotonicClock())
+    with pytest.raises(CloisterError) as caught:
+        unsealing.hand_in(SecretBytes(content), "ada")
+    assert caught.value.code is Code.UNSEAL_REFUSED
+    found = unsealing.hand_in(root, "ada")
+    assert found is not None
+    assert found.canary() == unsealing.canary
 
 
 def test_a_forged_list_of_fingerprints_is_found_when_the_shares_do_not_fit() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from cloister.errors import CloisterError, Code
 from cloister.release.keys import KeyState
+from cloister.rootfile import read_root_file
 from cloister.secret import SecretBytes
 from cloister_keybroker import rekey
 from cloister_keybroker.__main__ import init
@@ -176,6 +177,10 @@ async def test_another_root_key_takes_effect_when_its_shares_were_handed_in(tmp_
         secret = await opens(opened.store, opened.backends, wrapped)
         new = new_root_from_shares(threshold=3, count=4)
         await vault.vault.begin_rekey(new)
+        assert await refused(vault, new.shares[0]) is Code.SHARE_INVALID  # not before the present root key was shown
+        status = vault.vault.status()
+        assert (status.state, status.have, status.need) == (State.UNSEALED, 0, 2)
+        await vault.hand_in(*old.shares[1:])
         assert await refused(vault, old.shares[0]) is Code.SHARE_INVALID
         await vault.hand_in(*new.shares[:2])
         status = vault.vault.status()
@@ -189,7 +194,12 @@ async def test_another_root_key_takes_effect_when_its_shares_were_handed_in(tmp_
             await opened.store.read(lambda transaction: transaction.key(URI))
         entry = (await vault.log())[0].entry
         assert (entry.action, entry.caller) == ("rekey", str(GRACE))
-        assert [block.ok for block in entry.blocks] == [True, True, True, False]  # an old share is none of the new ones
+        assert [(block.name, block.ok) for block in entry.blocks] == [
+            *[("present_share", True)] * 2,
+            ("unseal", False),  # a new share is none of the present ones
+            *[("share", True)] * 3,
+            ("unseal", False),  # and an old one none of the new
+        ]
         after = await authenticators(vault)
         assert after.keys() == before.keys()
         for column, values in after.items():
@@ -208,11 +218,43 @@ async def test_a_root_key_that_was_not_handed_back_never_takes_effect(tmp_path: 
     async with a_vault(tmp_path) as vault:
         await vault.hand_in(*old.shares[:2])
         first, second = (new_root_from_shares(threshold=2, count=2) for _ in range(2))
-        await vault.vault.begin_rekey(first)
-        await vault.vault.begin_rekey(second)
+        await vault.rekey(first, *old.shares[:2])
+        await vault.rekey(second, *old.shares[:2])
         assert await refused(vault, first.shares[0]) is Code.SHARE_INVALID
         await vault.vault.seal(operator())  # drops it, too
         await vault.hand_in(*old.shares[:2])
+
+
+async def test_no_operator_replaces_the_root_key_by_his_own(tmp_path: Path) -> None:
+    """Whoever knows a root key opens a copy of the store: shares of one's own are of no use without present ones."""
+    async with a_vault(tmp_path) as vault:
+        old = await unsealed(vault)
+        canary = vault.vault.opened.root_key.canary()
+        his = new_root_from_shares(threshold=2, count=2)
+        await vault.rekey(his, old.shares[0])  # he may even hold one
+        assert await refused(vault, old.shares[0]) is Code.SHARE_INVALID  # which does not count twice
+        for share in his.shares:
+            assert await refused(vault, share) is Code.SHARE_INVALID
+        assert vault.vault.awaits_permission
+        await vault.rekey(his)  # what was shown for one replacement does not count for the next
+        assert vault.vault.status().have == 0
+        assert vault.vault.opened.root_key.canary() == canary
+
+
+async def test_the_present_passphrase_lets_another_one_in_and_cannot_be_guessed_faster_like_this(
+    tmp_path: Path,
+) -> None:
+    async with a_vault(tmp_path, Source.PASSPHRASE) as vault:
+        await unsealed_by_passphrase(vault)
+        another = SecretBytes(b"quite another passphrase")
+        new = new_root_from_passphrase(another)
+        await vault.vault.begin_rekey(new)
+        assert await refused(vault, another) is Code.UNSEAL_REFUSED
+        await vault.vault.begin_rekey(new)
+        assert await refused(vault, PASSPHRASE) is Code.RATE_LIMITED
+        vault.clock.now_s += 1
+        await vault.hand_in(PASSPHRASE, another)
+        assert vault.vault.opened.root_key.canary() == new.root_key.canary()
 
 
 async def test_a_sealed_broker_gets_no_other_root_key(tmp_path: Path) -> None:
@@ -232,7 +274,7 @@ async def test_a_damaged_row_is_not_authenticated_anew_and_the_old_root_key_stay
         assert database is not None
         await database.write(lambda c: c.execute("UPDATE policies SET yaml = x'00'").fetchall())
         new = new_root_from_shares(threshold=2, count=2)
-        await vault.vault.begin_rekey(new)
+        await vault.rekey(new, *old.shares[:2])
         await vault.hand_in(new.shares[0])
         assert await refused(vault, new.shares[1]) is Code.STORE_DAMAGED
         assert (vault.state, await vault.answers()) == (State.UNSEALED, True)
@@ -282,11 +324,11 @@ async def test_handles_that_did_not_change_are_made_again_once_only(tmp_path: Pa
 
 async def test_a_disabled_key_stays_disabled_under_another_root_key(tmp_path: Path) -> None:
     async with a_vault(tmp_path) as vault:
-        await unsealed(vault)
+        old = await unsealed(vault)
         opened = vault.vault.opened
         wrapped = await put_key(opened.store, opened.backends, state=KeyState.DISABLED)
         new = new_root_from_shares(threshold=2, count=2)
-        await vault.vault.begin_rekey(new)
+        await vault.rekey(new, *old.shares[:2])
         await vault.hand_in(*new.shares)
         opened = vault.vault.opened
         stored = await opened.store.read(lambda transaction: transaction.key(URI))
@@ -358,7 +400,9 @@ async def test_from_a_file_to_shares(tmp_path: Path) -> None:
     async with a_vault(tmp_path, Source.FILE) as vault:
         new = new_root_from_shares(threshold=2, count=3)
         await vault.vault.begin_rekey(new)
-        await vault.hand_in(*new.shares[:2])
+        for wrong in (SecretBytes(b""), SecretBytes(b"\x00" * 32), new.shares[0]):
+            assert await refused(vault, wrong) is Code.UNSEAL_REFUSED
+        await vault.hand_in(read_root_file(tmp_path / "root.key"), *new.shares[:2])
         assert vault.vault.status().source is Source.SHARES
     with pytest.raises(CloisterError) as caught:
         async with a_vault(tmp_path, Source.FILE):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="The key broker's root key, store and back ends; for operators.", no_args_is_help=True)
 
 _MAX_LINE: Final = 4096
+_UNSEAL: Final = "cloister broker unseal"
 _STATES: Final = {1: "uninitialized", 2: "sealed", 3: "unsealed"}
 
 ThresholdOption = Annotated[int, typer.Option("--threshold", min=0, max=16, help="So many shares unseal.")]
@@ -96,25 +97,35 @@ def init(
             return []
         return await client.initialize(wanted.public_keys, threshold=wanted.threshold)
 
-    wanted.give(in_session(state, work), Output(as_json=json), then="cloister broker unseal")
+    wanted.give(in_session(state, work), Output(as_json=json), then=_UNSEAL)
 
 
 @app.command()
 def unseal(
     share: Annotated[Path | None, typer.Option("--share", help="Sealed share of `init` or `rekey`.")] = None,
     key: Annotated[Path | None, typer.Option("--holder-key", help="Private key that opens it.")] = None,
+    replacement: Annotated[
+        str, typer.Option("--rekey", metavar="NAME", help="Show the present root key, for the `rekey` of this name.")
+    ] = "",
+    root_key_file: Annotated[
+        Path | None, typer.Option("--root-key-file", help="With --rekey, where the present root key is a file.")
+    ] = None,
     state: State = None,
     json: Json = False,
 ) -> None:
     """Hand in one share or the passphrase: from files, from stdin, or asked for without showing it.
 
-    It is sealed to the broker, whose evidence is verified on this machine first.
+    It is sealed to the broker, whose evidence is verified on this machine first. With --rekey it is the present share
+    or passphrase, which lets another root key take its place; `cloister broker rekey` gave the name.
     """
     from cloister.holderkey import SealedShare, read_holder_key
+    from cloister.rootfile import read_root_file
 
     if (share is None) != (key is None):
         raise _usage("--share and --holder-key belong together", "a sealed share opens with its holder's key only")
-    given: SecretBytes | None = None
+    if root_key_file is not None and (share is not None or not replacement):
+        raise _usage("--root-key-file goes with --rekey only, and without a share", "otherwise the broker reads it")
+    given: SecretBytes | None = read_root_file(root_key_file) if root_key_file is not None else None
     if share is not None and key is not None:
         sealed = SealedShare.parse(existing_file(share, what="the share").read_bytes())
         given = sealed.open(read_holder_key(existing_file(key, what="the key")))
@@ -122,11 +133,13 @@ def unseal(
     async def work(session: Session) -> dict[str, Any]:
         client = await _client(session)
         before = await client.status()
-        if before.source == "file" and not before.need:
+        if before.source == "file" and given is None:
+            if replacement:
+                raise _usage("--root-key-file is missing", "the present root key is in a file")
             return _document(await client.hand_in(None))
         asked = "Passphrase: " if before.source == "passphrase" else "Share (33 words): "
         secret = given if given is not None else await asyncio.to_thread(_secret, asked)
-        return _document(await client.hand_in(secret))
+        return _document(await (client.show(secret, replacement) if replacement else client.hand_in(secret)))
 
     Output(as_json=json).item(in_session(state, work))
 
@@ -154,9 +167,10 @@ def rekey(
     state: State = None,
     json: Json = False,
 ) -> None:
-    """Put the store under another root key. New shares take effect when enough of them were handed in (`unseal`).
+    """Put the store under another root key, when enough present shares were shown and enough new ones handed in.
 
-    Old shares, or the old passphrase, open nothing from then on but backups that were made before.
+    `unseal --rekey NAME` shows a present share, `unseal` hands a new one in. Old shares, or the old passphrase, open
+    nothing from then on but backups that were made before.
     """
     output = Output(as_json=json)
     if file:
@@ -172,14 +186,15 @@ def rekey(
         return
     wanted = _Wanted.of(threshold, shares, holder, out, passphrase=passphrase)
 
-    async def work(session: Session) -> list[SealedShare]:
+    async def work(session: Session) -> tuple[list[SealedShare], str]:
         client = await _client(session)
         if wanted.passphrase is not None:
-            await client.rekey_with_passphrase(wanted.passphrase)
-            return []
+            return [], await client.rekey_with_passphrase(wanted.passphrase)
         return await client.rekey(wanted.public_keys, threshold=wanted.threshold)
 
-    wanted.give(in_session(state, work), output, then="hand the new shares in: cloister broker unseal")
+    sealed, name = in_session(state, work)
+    then = f"show the present root key: cloister broker unseal --rekey {name}; then hand the new one in: {_UNSEAL}"
+    wanted.give(sealed, output, then=then, rekey=name)
 
 
 @app.command()
@@ -281,21 +296,20 @@ class _Wanted:
             raise _usage("--threshold is missing", "it says how many of the shares unseal")
         return cls(threshold, holders or [], shares, out, None)
 
-    def give(self, sealed: list[SealedShare], output: Output, *, then: str) -> None:
+    def give(self, sealed: list[SealedShare], output: Output, *, then: str, **more: str) -> None:
         """Write sealed shares into their files, or show those that were made for this machine."""
         if self.passphrase is not None:
-            output.item({"source": "passphrase"})
-            return
-        if self._out is not None:
-            self._write(sealed, self._out, output)
+            output.item({"source": "passphrase", **more})
+        elif self._out is not None:
+            self._write(sealed, self._out, output, more)
         elif self._own is not None:
-            _show(self._own.open(sealed), self.threshold, output)
+            _show(self._own.open(sealed), self.threshold, output, more)
         output.note(f"next: {then}")
 
     def _public_keys(self) -> list[bytes]:
         return self._own.public_keys if self._own else []
 
-    def _write(self, sealed: list[SealedShare], directory: Path, output: Output) -> None:
+    def _write(self, sealed: list[SealedShare], directory: Path, output: Output, more: dict[str, str]) -> None:
         from cloister.atomicfile import write_atomically
 
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -304,10 +318,10 @@ class _Wanted:
             file = directory.resolve() / f"share-{share.number}-of-{share.count}.json"
             write_atomically(file, share.to_bytes())
             files.append({"number": share.number, "file": str(file)})
-        output.rows("shares", files, ("number", "file"), empty="no shares")
+        output.rows("shares", files, ("number", "file"), empty="no shares", **more)
 
 
-def _show(shares: list[Share], threshold: int, output: Output) -> None:
+def _show(shares: list[Share], threshold: int, output: Output, more: dict[str, str]) -> None:
     """Print shares: here and nowhere else, once."""
     rows = [{"number": share.number, "words": share.words.reveal().decode("ascii")} for share in shares]
     output.note(f"{threshold} of these {len(rows)} unseal the broker. They are shown once: give each to another person")
@@ -316,7 +330,7 @@ def _show(shares: list[Share], threshold: int, output: Output) -> None:
         for row in rows:
             console.print(f"share {row['number']}: {row['words']}", markup=False, soft_wrap=True)
 
-    output.result({"threshold": threshold, "shares": rows}, render)
+    output.result({"threshold": threshold, "shares": rows, **more}, render)
 
 
 def _new_passphrase() -> SecretBytes:

@@ -61,8 +61,10 @@ class Output:
         else:
             render(self.out)
 
-    def rows(self, name: str, records: Sequence[Mapping[str, Any]], columns: Sequence[str], *, empty: str) -> None:
-        """Give a list: `{name: [...]}` as JSON, or a table of these columns."""
+    def rows(
+        self, name: str, records: Sequence[Mapping[str, Any]], columns: Sequence[str], *, empty: str, **more: Any
+    ) -> None:
+        """Give a list: `{name: [...]}` and `more` as JSON, or a table of these columns."""
 
         def render(console: Console) -> None:
             if not records:
@@ -73,7 +75,7 @@ class Output:
                 table.add_row(*(clean(_cell(record.get(column, ""))) for column in columns))
             console.print(table)
 
-        self.result({name: list(records)}, render)
+        self.result({name: list(records), **more}, render)
 
     def item(self, document: Mapping[str, Any]) -> None:
         """Give one thing: its JSON, or one `name  value` line a field."""

@@ -111,11 +111,13 @@ async def seal_file(
     """Seal one file, or standard input, into one sealed file, or to standard output."""
     from cloister.cli.trust import owner_keys
     from cloister.keyuri import KeyUri
-    from cloister.sealed.format import AssociatedData
+    from cloister.sealed.directorywriter import argument
+    from cloister.sealed.format import AssociatedData, check_path
     from cloister.sealed.stream import SealedWriter
 
     name = dataset or KeyUri.parse(key_uri).path.rpartition("/")[2]
     refuse_existing(out)
+    argument(check_path, source.name)
     data_key = await (await owner_keys(session)).generate_data_key(key_uri)
     about = AssociatedData(name, "stdin" if source == PIPE else source.name)
     target: Path | BinaryIO = sys.stdout.buffer if out == PIPE else out

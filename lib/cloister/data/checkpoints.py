@@ -151,10 +151,16 @@ class Checkpoints:
         return self._data_key
 
     def _prune(self) -> None:
-        """Remove checkpoints that are not to be kept, manifest first: what is half removed is none."""
-        for step in self.steps()[: -self._keep]:
-            (self._place(step) / MANIFEST_NAME).unlink()
-            shutil.rmtree(self._place(step), ignore_errors=True)
+        """Remove checkpoints that are not to be kept, manifest first: what is half removed is none.
+
+        What is older than all that are kept and has no manifest was left by a process that was killed, and goes, too.
+        """
+        whole = self.steps()
+        oldest = whole[-self._keep :][0]
+        for path in list(self.root.iterdir()):
+            if _STEP.fullmatch(path.name) and int(path.name) < oldest:
+                (path / MANIFEST_NAME).unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
 
     def _place(self, step: int) -> Path:
         return self.root / f"{step:012d}"

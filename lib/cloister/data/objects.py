@@ -18,7 +18,8 @@ from cloister.data.tensors import read_tensors, write_tensors
 from cloister.errors import CloisterError, Code
 from cloister.sealed.datakey import DataKey
 from cloister.sealed.directory import SealedDirectory
-from cloister.sealed.format import MODEL_SEGMENT_SIZE, AssociatedData, Header
+from cloister.sealed.directorywriter import argument
+from cloister.sealed.format import MODEL_SEGMENT_SIZE, SUFFIX, AssociatedData, Header, check_path
 from cloister.sealed.storage import Storage
 from cloister.sealed.stream import SealedReader, SealedWriter
 
@@ -36,10 +37,20 @@ def save(
     """
     target = Path(path)
     found = data_key or keyring.current().new(key)
-    about = AssociatedData(dataset, target.name)
+    about = associated(dataset, target.name)
     with SealedWriter(target, data_key=found, associated=about, segment_size=MODEL_SEGMENT_SIZE) as file:
         tensors, skeleton = take_apart(obj)
         write_tensors(file, tensors, metadata={_SKELETON: skeleton})
+
+
+def associated(dataset: str, name: str) -> AssociatedData:
+    """Return what a single sealed file is bound to: its name, without the .sealed that says what it is.
+
+    Raises CloisterError(ARGUMENT_INVALID) for a name that cannot be bound.
+    """
+    bare = name.removesuffix(SUFFIX) or name
+    argument(check_path, bare)
+    return AssociatedData(dataset, bare)
 
 
 def load(path: str | PathLike[str], *, data_key: DataKey | None = None, map_location: Any = None) -> Any:

@@ -29,10 +29,10 @@ from typing import IO, Any, Final
 
 from cloister.data import keyring
 from cloister.data.legacy import is_legacy, open_legacy
-from cloister.data.objects import open_sealed
+from cloister.data.objects import associated, open_sealed
 from cloister.errors import CloisterError, Code
 from cloister.sealed.datakey import DataKey
-from cloister.sealed.format import MAGIC, MODEL_SEGMENT_SIZE, AssociatedData
+from cloister.sealed.format import MAGIC, MODEL_SEGMENT_SIZE
 from cloister.sealed.stream import SealedReader, SealedWriter
 from cloister.secret import SecretBytes
 
@@ -147,7 +147,7 @@ def save_encrypted(obj: Any, f: str | os.PathLike[str] | IO[bytes], key: Key | N
     data_key = _data_key(key) if key is not None else keyring.current().new()
     name = Path(f).name if isinstance(f, str | os.PathLike) else "object"
     target: Path | IO[bytes] = Path(f) if isinstance(f, str | os.PathLike) else f
-    about = AssociatedData("objects", name)
+    about = associated("objects", name)
     with SealedWriter(target, data_key=data_key, associated=about, segment_size=MODEL_SEGMENT_SIZE) as file:  # type: ignore[arg-type]
         _own("save")(obj, file, **options)
 

@@ -124,8 +124,20 @@ class Guest:
             self._trust_bundle = b"" if digest == measured else digest
 
     def run_as(self, plan: WorkloadPlan) -> TdKeys:
-        """Measure a whole workload, seal, and make the TD's keys; raise EventLogRejected for a plan that is none."""
-        for event in plan.events[:-1]:
+        """Measure a whole workload, seal, and make the TD's keys.
+
+        Raises CloisterError(ARGUMENT_INVALID) for a plan that no verifier would take, before anything is measured.
+        """
+        try:
+            events = plan.events
+        except EventLogRejected as rejected:
+            raise CloisterError(
+                Code.ARGUMENT_INVALID,
+                what="this workload cannot be measured",
+                why=str(rejected),
+                todo="start it as its job or model says",
+            ) from None
+        for event in events[:-1]:
             self.measure(event.name, event.payload)
         return self.seal(plan.role)
 

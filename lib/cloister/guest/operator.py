@@ -74,17 +74,31 @@ class OperatorClient:
         """Have the broker forget its root key."""
         await self._call("Seal", pb.SealRequest(), "seal the broker")
 
-    async def rekey(self, holders: Sequence[bytes], *, threshold: int) -> list[SealedShare]:
-        """Make another root key; it takes effect when enough of these shares were handed in."""
+    async def show(self, secret: SecretBytes, replacement: str) -> pb.GetSealStatusResponse:
+        """Show the present root key (a share, the passphrase, the content of its file) for a replacement, by its name.
+
+        Nothing is sent when another replacement waits.
+        """
+        sealed = await self._sealed(secret, "replace", replacement)
+        answer: pb.UnsealResponse = await self._call(
+            "Unseal", pb.UnsealRequest(sealed=sealed), "allow another root key"
+        )
+        return answer.status
+
+    async def rekey(self, holders: Sequence[bytes], *, threshold: int) -> tuple[list[SealedShare], str]:
+        """Make another root key; return its shares, and the name under which the present one is to be shown (`show`).
+
+        It takes effect when the present one was shown and enough of these shares were handed in.
+        """
         request = pb.RekeyRequest(threshold=threshold, holder_public_keys=holders, hpke_kem_id=KEM_MLKEM768_X25519)
         answer: pb.RekeyResponse = await self._call("Rekey", request, "make another root key")
-        return self._shares(answer.sealed_shares, holders, threshold)
+        return self._shares(answer.sealed_shares, holders, threshold), replacement_name(answer.nonce)
 
-    async def rekey_with_passphrase(self, passphrase: SecretBytes) -> pb.GetSealStatusResponse:
-        """Put the store under another passphrase."""
-        sealed = await self._sealed(passphrase, "rekey")
-        await self._call("Rekey", pb.RekeyRequest(sealed_passphrase=sealed), "make another root key")
-        return await self.hand_in(passphrase)
+    async def rekey_with_passphrase(self, passphrase: SecretBytes) -> str:
+        """Make the root key of another passphrase; it takes effect as that of `rekey` does. Return its name."""
+        request = pb.RekeyRequest(sealed_passphrase=await self._sealed(passphrase, "rekey"))
+        answer: pb.RekeyResponse = await self._call("Rekey", request, "make another root key")
+        return replacement_name(answer.nonce)
 
     async def rekey_file(self) -> None:
         """Have the broker replace the root key in its file."""
@@ -111,7 +125,7 @@ class OperatorClient:
         )
         return answer
 
-    async def _sealed(self, secret: SecretBytes, action: str) -> bytes:
+    async def _sealed(self, secret: SecretBytes, action: str, replacement: str = "") -> bytes:
         """Seal to the key in the evidence; what the broker says its key is has to be the same."""
         status, evidence = await self.status(), self._verified.evidence
         if status.hpke_public_key != evidence.hpke_public_key:
@@ -120,6 +134,13 @@ class OperatorClient:
                 what="the broker names another key than its evidence does",
                 why="nothing was handed in",
                 todo="try again; if it stays so, trust neither",
+            )
+        if replacement and replacement_name(status.nonce) != replacement:
+            raise CloisterError(
+                Code.UNSEAL_REFUSED,
+                what=f"the broker waits for no root key named {replacement}",
+                why="another replacement was begun after it, or it is over",
+                todo="ask who began it; nothing was handed in",
             )
         info = unseal_info(action=action, broker_id=self._broker_id, nonce=status.nonce)
         return hpke.seal(evidence.hpke_public_key, secret, info=info)
@@ -155,6 +176,11 @@ class OperatorClient:
             self._verified.endpoint, Role.KEYBROKER, material, self._verified.leaf_pem
         ) as channel:
             yield channel
+
+
+def replacement_name(nonce: bytes) -> str:
+    """Return what people call a replacement of the root key: 16 hexadecimal digits of its nonce."""
+    return nonce[:8].hex()
 
 
 class OwnHolders:

@@ -4,7 +4,7 @@
 To refuse a call costs gRPC as much as to answer a small one, and whoever is refused may call again at once. So how much
 an address can have in flight is decided before its calls are read, by bytes that nobody takes from the kernel:
 
-  inside       at most `inside` connections of one address, and so many new ones a second
+  inside       at most `inside` connections of one address, so many new ones a second, and so many bytes
   in line      the others, in the order in which they came; of each a handshake's first bytes are read at most
   turned away  who waited too long; and, when there are too many in line, the newest of the longest line
 
@@ -44,6 +44,10 @@ class DoorLimits:
     # New connections of one address: so many at once, then so many a second. A handshake costs a millisecond and more.
     burst: int = 400
     per_s: float = 100.0
+    # Bytes of one address: so many at once, then so many a second. An enrolment has 15 to 50 KiB; one with a log of
+    # 1 MiB is allowed, and costs as much to read as fifty others.
+    bytes_burst: int = 8 * 1024 * 1024
+    bytes_per_s: int = 2 * 1024 * 1024
     # Of all addresses. One that is inside has three descriptors, one in line has one.
     inside_in_all: int = 256
     in_line: int = 4096
@@ -121,9 +125,34 @@ class Door:
         """Note which port of the loopback interface a connection has."""
         self._places[visitor.port] = visitor.address
 
+    def received(self, visitor: _Visitor, size: int) -> None:
+        """Count bytes of an address; when it has sent too many, let its connections wait until it has earned them."""
+        line, limits, loop = self._lines.get(visitor.address), self._limits, asyncio.get_running_loop()
+        if line is None:
+            return
+        now = loop.time()
+        line.paid_s = max(line.paid_s, now - limits.bytes_burst / limits.bytes_per_s) + size / limits.bytes_per_s
+        if line.paid_s > now:
+            visitor.wait("limit", True)
+            line.silenced.add(visitor)
+            if line.reading is None:
+                line.reading = loop.call_at(line.paid_s, self._read_again, visitor.address)
+
+    def _read_again(self, address: str) -> None:
+        line, loop = self._lines[address], asyncio.get_running_loop()
+        if line.paid_s > loop.time():  # others of the address have sent more meanwhile
+            line.reading = loop.call_at(line.paid_s, self._read_again, address)
+            return
+        line.reading = None
+        for visitor in line.silenced:
+            visitor.wait("limit", False)
+        line.silenced.clear()
+
     def left(self, visitor: _Visitor) -> None:
         """Give a connection's place to the next."""
         line = self._lines.get(visitor.address)
+        if line is not None:
+            line.silenced.discard(visitor)
         if line is not None and visitor in line.waiting:
             del line.waiting[visitor]
             self._in_line -= 1
@@ -175,7 +204,8 @@ class Door:
             # The first came first; nothing has moved on any of them.
             while line.waiting and now - next(iter(line.waiting)).moved_at > self._limits.wait_s:
                 self._turn_away(next(iter(line.waiting)), "waited")
-            if not line.waiting and not line.inside and line.timer is None and line.due_s <= now:
+            timers = line.timer or line.reading
+            if not line.waiting and not line.inside and timers is None and max(line.due_s, line.paid_s) <= now:
                 del self._lines[address]
         self._sweep = loop.call_later(min(_SWEEP_S, self._limits.wait_s, self._limits.silent_s), self._look_around)
 
@@ -188,6 +218,9 @@ class _Line:
     inside: int = 0
     due_s: float = 0.0
     timer: asyncio.TimerHandle | None = None
+    paid_s: float = 0.0  # the same for bytes
+    silenced: set[_Visitor] = field(default_factory=set)  # nothing more is read of these until `paid_s`
+    reading: asyncio.TimerHandle | None = None
 
 
 class _Visitor(asyncio.Protocol):
@@ -198,6 +231,7 @@ class _Visitor(asyncio.Protocol):
         self._outside: asyncio.Transport | None = None
         self._server: asyncio.Transport | None = None
         self._unread: list[bytes] = []
+        self._waits: set[str] = set()  # why nothing is read: the limit, the server
         self._ended = False
         self.address = ""
         self.port = 0  # of the loopback interface, once it is inside
@@ -223,14 +257,16 @@ class _Visitor(asyncio.Protocol):
         self.port = self._server.get_extra_info("sockname")[1]
         self._door.connected(self)
         self.moved()
-        self._server.writelines(self._unread)
-        self._unread.clear()
+        unread, self._unread = b"".join(self._unread), []
+        self._server.write(unread)
         self._outside.resume_reading()
+        self._door.received(self, len(unread))
 
     def data_received(self, data: bytes) -> None:
         if self._server is not None:
             self.moved()
             self._server.write(data)
+            self._door.received(self, len(data))
         elif self._outside is not None:
             # An event loop reads once before it can be told not to: no more than the kernel's buffer holds.
             self._unread.append(data)
@@ -256,10 +292,11 @@ class _Visitor(asyncio.Protocol):
         if self._outside is not None:
             self._outside.write(data)
 
-    def hold(self, wait: bool) -> None:
-        """Let the caller wait while the server is slow to read."""
+    def wait(self, why: str, wait: bool) -> None:
+        """Let the caller wait, or not any more, for this reason."""
+        (self._waits.add if wait else self._waits.discard)(why)
         if self._outside is not None and not self._ended:
-            self._outside.pause_reading() if wait else self._outside.resume_reading()
+            self._outside.pause_reading() if self._waits else self._outside.resume_reading()
 
     def moved(self) -> None:
         """Note the time."""
@@ -286,10 +323,10 @@ class _ServerEnd(asyncio.Protocol):
         self._visitor.write(data)
 
     def pause_writing(self) -> None:
-        self._visitor.hold(True)
+        self._visitor.wait("server", True)
 
     def resume_writing(self) -> None:
-        self._visitor.hold(False)
+        self._visitor.wait("server", False)
 
     def connection_lost(self, _error: Exception | None) -> None:
         self._visitor.finish()

@@ -82,7 +82,9 @@ class BrokerServicer(rpc.BrokerServiceServicer):
 
     async def Unseal(self, request: pb.UnsealRequest, _context: Any) -> pb.UnsealResponse:  # noqa: N802
         operator = self._operator()
-        secret = self._opened(request.sealed, "unseal") if request.sealed else SecretBytes(b"")
+        # What shows the present root key says so: a share that was meant to unseal lets nobody replace it.
+        action = "replace" if self._vault.awaits_permission else "unseal"
+        secret = self._opened(request.sealed, action) if request.sealed else SecretBytes(b"")
         await self._vault.hand_in(secret, operator)
         return pb.UnsealResponse(status=self._status())
 
@@ -91,15 +93,17 @@ class BrokerServicer(rpc.BrokerServiceServicer):
         return pb.SealResponse()
 
     async def Rekey(self, request: pb.RekeyRequest, _context: Any) -> pb.RekeyResponse:  # noqa: N802
-        """Make another root key; but for one in a file it takes effect when it is handed in."""
+        """Make another root key; it takes effect when the present one was shown and it was handed in itself.
+
+        But for one in a file, of which nothing leaves the broker.
+        """
         operator = self._operator()
         if not (request.holder_public_keys or request.sealed_passphrase):
             await self._vault.rekey_file(operator)
             return pb.RekeyResponse()
         new = await self._new_root(request, "rekey")
         sealed = self._sealed_shares(new, request.holder_public_keys)
-        await self._vault.begin_rekey(new)
-        return pb.RekeyResponse(sealed_shares=sealed)
+        return pb.RekeyResponse(sealed_shares=sealed, nonce=await self._vault.begin_rekey(new))
 
     async def Backup(  # noqa: N802
         self, _request: pb.BackupRequest, _context: Any
@@ -181,7 +185,7 @@ class BrokerServicer(rpc.BrokerServiceServicer):
                 Code.UNSEAL_REFUSED,
                 what="this was not sealed for what this broker waits for now",
                 why="it is for another broker, another action, or for the time before the broker was sealed last",
-                todo="ask for the status again and seal anew",
+                todo="ask for the status and seal anew; for another root key: cloister broker unseal --rekey NAME",
             ) from None
 
     async def _new_root(self, request: pb.InitializeStoreRequest | pb.RekeyRequest, action: str) -> NewRoot:

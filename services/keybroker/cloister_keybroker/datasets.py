@@ -46,11 +46,12 @@ class Publication:
 class Registry:
     """The publications of one key, by data set and by data key."""
 
-    __slots__ = ("_dataset_of", "_newest", "head", "size")
+    __slots__ = ("_dataset_of", "_manifests", "_newest", "head", "size")
 
     def __init__(self, publications: Iterable[Publication] = ()) -> None:
         self._newest: dict[str, Publication] = {}
         self._dataset_of: dict[bytes, str] = {}
+        self._manifests: set[tuple[str, bytes]] = set()
         self.head = b""
         self.size = 0
         for publication in publications:
@@ -59,10 +60,15 @@ class Registry:
             # Publications of a data set come in the order of their versions.
             self._newest[publication.dataset_id] = publication
             self._dataset_of[publication.data_key_digest] = publication.dataset_id
+            self._manifests.add((publication.dataset_id, publication.manifest_digest))
 
     def newest(self, dataset_id: str) -> Publication | None:
         """Return the newest version of a data set."""
         return self._newest.get(dataset_id)
+
+    def was_published(self, publication: Publication) -> bool:
+        """Say whether its manifest is or was that of a version of its data set."""
+        return (publication.dataset_id, publication.manifest_digest) in self._manifests
 
     def holder(self, data_key_digest: bytes) -> str | None:
         """Return the data set that a data key belongs to."""
@@ -94,6 +100,13 @@ def checked_successor(registry: Registry, publication: Publication, parent_diges
             f"version {publication.version} after {_digest(parent_digest)} does not follow version {newest.version},"
             f" {_digest(newest.manifest_digest)}",
             "seal the next version from the newest one",
+        )
+    if registry.was_published(publication):
+        # Else data would go back to an older version by publishing its manifest under a newer number.
+        raise _refused(
+            publication.dataset_id,
+            f"its manifest {_digest(publication.manifest_digest)} was published before",
+            "seal a new version: also one with the data of an older version has a manifest of its own",
         )
     holder = registry.holder(publication.data_key_digest)
     if holder not in (None, publication.dataset_id):

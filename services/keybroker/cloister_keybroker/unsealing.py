@@ -139,11 +139,11 @@ class Unsealing:
                 return self._share(self.record.shares, secret, operator)
             if self.record.stretching is not None:
                 return self._passphrase(self.record.stretching, secret)
+            return self._file(secret)
         except CloisterError as error:
             if error.code in (Code.SHARE_INVALID, Code.UNSEAL_REFUSED) and len(self.refused) < _MAX_REMEMBERED:
                 self.refused.append(Refused(operator, error.why))
             raise
-        raise ValueError("a root key in a file is not handed in")
 
     def clear(self) -> None:
         """Forget shares; what was refused and how long to wait stays."""
@@ -196,6 +196,46 @@ class Unsealing:
             todo="try again",
         )
 
+    def _file(self, content: SecretBytes) -> RootKey:
+        if len(content) == ROOT_KEY_SIZE:
+            root_key = RootKey(content)
+            if hmac.compare_digest(root_key.canary(), self.canary):
+                return root_key
+        raise CloisterError(
+            Code.UNSEAL_REFUSED,
+            what="this is not the root key that the store is under",
+            why="the store's root key is in a file, and its content was not handed in",
+            todo="name that file: --root-key-file",
+        )
+
     def _forget_old(self) -> None:
         if self._givers and self.clock_s() - self._last_share_s > SHARE_LIFE_S:
             self.clear()
+
+
+@dataclass(slots=True)
+class Replacement:
+    """A root key that is to replace the present one: the present one is shown first, then the next is handed back.
+
+    Without the first step any operator could make a root key of his own, and open a copy of the store with it.
+    """
+
+    new: NewRoot
+    present: Unsealing
+    following: Unsealing
+    allowed: bool = False  # the present root key was shown
+    given: tuple[tuple[int, str], ...] = ()  # which of the present shares came from which operator
+
+    @property
+    def waits_for(self) -> Unsealing:
+        """What is to be handed in now."""
+        return self.following if self.allowed else self.present
+
+    def hand_in(self, secret: SecretBytes, operator: str) -> bool:
+        """Take a share, a passphrase or the content of a root key file; say whether the next root key takes effect."""
+        if self.allowed:
+            return self.following.hand_in(secret, operator) is not None
+        if self.present.hand_in(secret, operator) is not None:
+            self.allowed, self.given = True, self.present.givers
+            self.present.clear()
+        return False

@@ -2,8 +2,9 @@
 """The store with or without its root key: what opens the gate, and what shuts it.
 
 A store is made, sealed. Shares, a passphrase or a file give its root key; then it is verified, and what needs it is
-assembled behind the gate. A root key that is to replace another is made first, and takes effect when it was handed
-back: shares that nobody can read never become the only way in.
+assembled behind the gate. A root key that is to replace another is made first, and takes effect when the present one
+was shown and the next one handed back: no operator alone replaces it by his own, and shares that nobody can read never
+become the only way in.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from cloister_keybroker.rootkey import RootKey, adopt_root_key, read_root_key, s
 from cloister_keybroker.sealrecord import SealRecord, Source
 from cloister_keybroker.store import KeyStore
 from cloister_keybroker.transaction import Transaction
-from cloister_keybroker.unsealing import NewRoot, Unsealing
+from cloister_keybroker.unsealing import NewRoot, Replacement, Unsealing
 
 OnChange: TypeAlias = Callable[[bool], Awaitable[None]]
 OpenBackends: TypeAlias = Callable[[RootKey], AbstractAsyncContextManager[Backends]]
@@ -94,7 +95,7 @@ class Vault:
         self._database: Database | None = None
         self._unsealing: Unsealing | None = None  # set with the database
         self._opened: Opened | None = None
-        self._next: tuple[NewRoot, Unsealing] | None = None  # what waits to replace the root key
+        self._next: Replacement | None = None  # what waits to replace the root key
         self._nonce = secrets.token_bytes(NONCE_SIZE)
         self._gate = Gate()
         self._assemble: Assemble | None = None
@@ -131,11 +132,16 @@ class Vault:
     def status(self) -> Status:
         """Say where the vault stands."""
         state = State.UNSEALED if self._opened else State.SEALED if self._database else State.UNINITIALIZED
-        unsealing = self._next[1] if self._next else None if self._opened else self._unsealing
-        if unsealing is not None and unsealing.record.source is not Source.FILE:
+        unsealing = self._next.waits_for if self._next else None if self._opened else self._unsealing
+        if unsealing is not None and (self._next or unsealing.record.source is not Source.FILE):
             return Status(state, unsealing.record.source, unsealing.have, unsealing.need, self._nonce)
         source = self._unsealing.record.source if self._unsealing else self._place.source
         return Status(state, source, 0, 0, self._nonce)
+
+    @property
+    def awaits_permission(self) -> bool:
+        """Whether the present root key has to be shown next, before another may replace it."""
+        return self._next is not None and not self._next.allowed
 
     @property
     def opened(self) -> Opened:
@@ -194,11 +200,12 @@ class Vault:
         Of a root key file nothing is handed in: an empty secret reads the file again.
         """
         async with self._lock:
-            if self._next is not None:
-                new, unsealing = self._next
-                if await asyncio.to_thread(unsealing.hand_in, secret, str(operator.spiffe_id)) is not None:
+            if (following := self._next) is not None:
+                if await asyncio.to_thread(following.hand_in, secret, str(operator.spiffe_id)):
                     self._next = None
-                    await self._replace_root(new, operator.entry("rekey", _handed_in(unsealing)))
+                    shown = tuple(Block("present_share", True, str(number), giver) for number, giver in following.given)
+                    blocks = shown + _handed_in(following.present) + _handed_in(following.following)
+                    await self._replace_root(following.new, operator.entry("rekey", blocks))
                 return
             if self._opened is not None:
                 raise _state("the broker is unsealed", "nothing is waited for", "nothing has to be done")
@@ -220,16 +227,26 @@ class Vault:
                 get_logger().error("sealing could not be logged", operator=str(operator.spiffe_id), problem=str(error))
             await self._shut_gate("an operator sealed it")
             await self._forget()
+            if self._next is not None:
+                self._next.present.clear()
             self._next = None
             self._renew_nonce()
             get_logger().info("sealed", operator=str(operator.spiffe_id))
 
-    async def begin_rekey(self, new: NewRoot) -> None:
-        """Have another root key wait until it is handed in; of two the last counts."""
+    async def begin_rekey(self, new: NewRoot) -> bytes:
+        """Have another root key wait for the present one, and then for itself; of two the last counts.
+
+        Returns the nonce of this replacement: who shows the present root key says for which one.
+        """
         async with self._lock:
             _ = self.opened
-            self._next = (new, Unsealing(new.record, new.root_key.canary(), self._clock_s))
+            if self._unsealing is None:
+                raise RuntimeError("an opened store has a record")
+            self._unsealing.clear()
+            following = Unsealing(new.record, new.root_key.canary(), self._clock_s)
+            self._next = Replacement(new, self._unsealing, following)
             self._renew_nonce()
+            return self._nonce
 
     async def rekey_file(self, operator: Operator) -> None:
         """Replace the root key by one in the configured file."""

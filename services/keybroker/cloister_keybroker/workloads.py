@@ -235,6 +235,8 @@ class ReleaseDesk:
             # Nothing else that the decision is made from can have changed.
             again = first if (past, approved) == (0, approving) else decide(past, approved)
             newest_version = _version(transaction.registry(record), data_key, asked, found)
+            if again.granted and not first.granted:
+                return _Changed()  # approved meanwhile: there is no data key yet
             decision = Decision((*again.blocks, *grounds, *newest_version))
             entry = self._entry(workload, asked, decision, binding)
             return decision, transaction.append(entry, time_ms=_ms(self._clock()), token=token)

@@ -65,11 +65,8 @@ class LineFile:
             return
         span = self._size - begin
         start, end = begin + span * part // parts, begin + span * (part + 1) // parts
-        if part and start < end:
-            start = self._next_line(start)
-        if part + 1 < parts and end > begin:
-            end = self._next_line(end)
-        yield from self._between(start, end)
+        if start < end:
+            yield from self._between(self._next_line(start, begin), self._next_line(end, begin))
 
     def _between(self, start: int, end: int) -> Iterator[Any]:
         lines = _rows(_ahead(self._open, start, end), self._kind == "csv", self._name)
@@ -77,8 +74,10 @@ class LineFile:
             if line.strip():
                 yield self._parse(line, number)
 
-    def _next_line(self, offset: int) -> int:
-        """Return where the first line begins at or behind an offset."""
+    def _next_line(self, offset: int, begin: int) -> int:
+        """Return where the first line begins at or behind an offset; lines begin at `begin`."""
+        if offset <= begin:
+            return begin
         self._reader.seek(offset - 1)
         while piece := self._reader.read(_CHUNK):
             at = piece.find(b"\n")

@@ -159,3 +159,34 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_done(owner: Shell, t
     pipe = owner.run("seal", "-", "-o", tmp_path / "directory", "--key", KEY, expect=2)
     assert "standard input" in pipe.err
     assert list(tmp_path.iterdir()) == []
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import cloister, cloister.data
+
+state, sealed, out = map(Path, sys.argv[1:4])
+import torch
+with cloister.session(key=sys.argv[4], state=state):
+    rows = cloister.data.SealedDataset(sealed)
+    cloister.data.save({"rows": torch.tensor(len(rows))}, out)
+    print(rows[0]["text"], int(cloister.data.load(out)["rows"]))
+"""
+
+
+def test_an_owners_own_script_finds_its_keys_in_a_session(owner: Shell, plain: Path, tmp_path: Path) -> None:
+    import sys
+
+    owner.run("seal", plain, "-o", tmp_path / "sealed", "--key", KEY, "--name", "scripted")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    argv = [sys.executable, str(script), str(owner.state), str(tmp_path / "sealed"), str(tmp_path / "n.pt"), KEY]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "confidential 0 2000\n"
+    owner.run("seal", plain, "-o", tmp_path / "closed", "--key", CLOSED, "--name", "scripted-closed")
+    argv[3] = str(tmp_path / "closed")
+    refused = subprocess.run(argv, capture_output=True, text=True, timeout=110)
+    assert refused.returncode != 0
+    assert "CLO-" in refused.stderr

@@ -55,6 +55,11 @@ def an_entry(**changes: Any) -> Entry:
     return Entry(**fields | changes)
 
 
+def tenant_of(number: int) -> str:
+    """Return whose the entry of this number is in a `Log`."""
+    return TENANT if number % 2 else "hospital-b"
+
+
 class Log:
     """A log in a database of its own."""
 
@@ -74,9 +79,10 @@ class Log:
         return made
 
     def append(self, number: int) -> None:
-        tenant = TENANT if number % 2 else "hospital-b"
         job = f"j-{number % 3}"
-        self.log.append(an_entry(tenant=tenant, job=job, record_digest=bytes([number % 256])), time_ms=number)
+        self.log.append(
+            an_entry(tenant=tenant_of(number), job=job, record_digest=bytes([number % 256])), time_ms=number
+        )
 
     def begin_life(self) -> tuple[LogKey, Ed25519PrivateKey]:
         """Append the entry that a broker's life begins with; return the log's key and the life's receipt key."""

@@ -17,12 +17,17 @@ from cloister.transparency.checkpoint import Checkpoint
 from cloister.transparency.entry import LoggedEntry
 from cloister.transparency.start import Start
 from cloister_keybroker import logcheck, logkey
+from cloister_keybroker.logcheck import grant_tag, key_tag
 from cloister_keybroker.rootkey import RootKey
 from fakes.certs import TRUST_DOMAIN
 from fakes.keybroker_harness import KEY, OTHER_KEY, TENANT, Broker, a_broker, owner
-from fakes.log_material import BROKER, DROP_GUARDS, ROOT_KEY, Log, an_entry, edit
+from fakes.log_material import BROKER, DROP_GUARDS, ROOT_KEY, Log, an_entry, edit, tenant_of
 
 LONG = logcheck.SEGMENT + 3
+
+
+def blob(data: bytes) -> str:
+    return f"x'{data.hex()}'"
 
 
 async def tokens(broker: Broker) -> int:
@@ -241,7 +246,8 @@ def copied(long_log: bytes, tmp_path: Path) -> Path:
 def test_a_log_that_nobody_was_at_verifies(copied: Path) -> None:
     log = Log(copied)
     records = log.log.verify(whole=True)
-    assert log.log.verify() == records == {str(KEY): bytes([(LONG - 1) % 256])}
+    newest = {key_tag(tenant_of(number), str(KEY)): bytes([number % 256]) for number in (LONG - 2, LONG - 1)}
+    assert log.log.verify() == records == newest
     assert log.connection.execute("SELECT count(*) FROM log_segments").get == 1
 
 
@@ -251,12 +257,11 @@ def test_a_log_that_nobody_was_at_verifies(copied: Path) -> None:
     [
         "DELETE FROM decisions WHERE idx = {idx}",
         "DELETE FROM decisions WHERE idx >= {idx}; DELETE FROM entries WHERE idx >= {idx}",
-        "UPDATE decisions SET granted = 0 WHERE idx = {idx}",
-        "UPDATE decisions SET job = '' WHERE idx = {idx}",
-        "UPDATE decisions SET job = CAST(CAST(job AS BLOB) || x'0062' AS TEXT) WHERE idx = {idx}",
+        "UPDATE decisions SET grant_tag = x'' WHERE idx = {idx}",
+        "UPDATE decisions SET grant_tag = zeroblob(16) WHERE idx = {idx}",
         "UPDATE decisions SET tenant = 'x' WHERE idx = {idx}",
-        "UPDATE decisions SET key_uri = 'x' WHERE idx = {idx}",
-        "UPDATE decisions SET policy_digest = x'01' WHERE idx = {idx}",
+        "UPDATE decisions SET tenant = CAST(CAST(tenant AS BLOB) || x'0062' AS TEXT) WHERE idx = {idx}",
+        "UPDATE decisions SET key_tag = zeroblob(16) WHERE idx = {idx}",
         "UPDATE decisions SET record_digest = x'' WHERE idx = {idx}",
         "UPDATE decisions SET idx = -1 WHERE idx = {idx}",
     ],
@@ -326,20 +331,20 @@ def test_a_log_whose_marks_were_edited_stops_the_broker(copied: Path, statement:
 
 def test_an_index_that_does_not_follow_its_table_stops_the_broker(copied: Path) -> None:
     """max_per_job counts through an index: one that lies about an untouched table must be noticed."""
-    edit(copied, *DROP_GUARDS, "UPDATE decisions SET job = 'x'")
+    edit(copied, *DROP_GUARDS, f"UPDATE decisions SET grant_tag = {blob(grant_tag(str(KEY), 'x', b''))}")
     connection = apsw.Connection(str(copied))
     found = connection.execute("SELECT * FROM sqlite_schema WHERE name = 'grants_by_job'").get
     connection.close()
     edit(copied, "PRAGMA writable_schema = ON", "DELETE FROM sqlite_schema WHERE name = 'grants_by_job'")
-    edit(copied, "UPDATE decisions SET job = 'j-' || (idx % 3)")
+    tags = [blob(grant_tag(str(KEY), f"j-{number}", b"")) for number in range(3)]
+    edit(copied, *(f"UPDATE decisions SET grant_tag = {tag} WHERE idx % 3 = {n}" for n, tag in enumerate(tags)))
     connection = apsw.Connection(str(copied))
     connection.execute("PRAGMA writable_schema = ON")
     connection.execute("INSERT INTO sqlite_schema VALUES (?, ?, ?, ?, ?)", found)
     connection.close()
     log = Log(copied)
-    counted = {"key_uri": str(KEY), "policy_digest": b""}
-    assert log.log.released_to_job(job="j-1", **counted) == 0
-    assert log.log.released_to_job(job="x", **counted) == LONG
+    assert log.log.released_to_job(job="j-1", key_uri=str(KEY), policy_digest=b"") == 0
+    assert log.log.released_to_job(job="x", key_uri=str(KEY), policy_digest=b"") == LONG
     with pytest.raises(CloisterError, match="its indexes"):
         log.log.verify()
 
@@ -347,10 +352,10 @@ def test_an_index_that_does_not_follow_its_table_stops_the_broker(copied: Path) 
 @pytest.mark.parametrize(
     "statement",
     [
-        "UPDATE decisions SET granted = 1",
+        "UPDATE decisions SET grant_tag = x'01'",
         "DELETE FROM decisions WHERE idx = 0",
         "INSERT OR REPLACE INTO decisions SELECT * FROM decisions WHERE idx = 0",
-        f"INSERT INTO decisions VALUES ({LONG + 1}, '', '', '', 0, x'', x'')",
+        f"INSERT INTO decisions VALUES ({LONG + 1}, '', x'', x'', x'')",
         "UPDATE entries SET entry = x'00'",
         "DELETE FROM entries",
     ],
@@ -362,7 +367,7 @@ def test_the_log_only_grows(copied: Path, statement: str) -> None:
 
 
 async def test_a_rewritten_log_stops_the_broker(tmp_path: Path) -> None:
-    edit(await a_used_store(tmp_path), *DROP_GUARDS, "UPDATE decisions SET granted = 0")
+    edit(await a_used_store(tmp_path), *DROP_GUARDS, "UPDATE decisions SET grant_tag = x''")
     with pytest.raises(CloisterError) as caught:
         async with a_broker(tmp_path):
             pass
@@ -433,4 +438,4 @@ async def test_a_disabled_key_is_logged_with_its_record(tmp_path: Path) -> None:
     async with a_broker(tmp_path) as broker:
         record = (await broker.owners.get(owner(), KEY)).record
         logged = await broker.store.read(lambda t: t.log.verify(whole=True))
-        assert logged[str(KEY)] == record.digest()
+        assert logged[key_tag(TENANT, str(KEY))] == record.digest()

@@ -21,8 +21,7 @@ def test_an_entry_reads_back_as_it_was_written(entry: Entry, index: int, time_ms
     data = entry.to_bytes(index=index, time_ms=time_ms, salt=SALT)
     assert LoggedEntry.parse(data) == LoggedEntry(index, time_ms, SALT, entry)
     assert LoggedEntry.parse(data).to_bytes() == data
-    columns = (entry.tenant, entry.key_uri, entry.job, int(entry.granted), entry.policy_digest, entry.record_digest)
-    assert Outline.parse(data) == Outline(index, columns)
+    assert Outline.parse(data) == Outline.of(index, entry)
 
 
 @given(ENTRIES, st.data())

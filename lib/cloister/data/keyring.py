@@ -52,7 +52,7 @@ def current() -> Keyring:
             Code.KEYRING_MISSING,
             what="there is no key for this sealed data",
             why="this process is no rank of a job, no serving worker and no session of the owner",
-            todo="pass data_key=, work inside `with cloister.data.session():`, or submit the script as a job",
+            todo="pass data_key=, work inside `with cloister.session():`, or submit the script as a job",
         )
     return _active[-1]
 

@@ -124,10 +124,22 @@ class LoggedEntry:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """What the log's own columns repeat, read without the blocks: thousands are walked at every start."""
+    """What a log is searched and counted by, read without the blocks: thousands are walked at every start."""
 
     index: int
-    columns: tuple[str, str, str, int, bytes, bytes]  # tenant, key_uri, job, granted, policy_digest, record_digest
+    tenant: str
+    key_uri: str
+    job: str
+    granted: bool
+    policy_digest: bytes
+    record_digest: bytes
+
+    @classmethod
+    def of(cls, index: int, entry: Entry) -> Outline:
+        """Return the outline of an entry at this place."""
+        return cls(
+            index, entry.tenant, entry.key_uri, entry.job, entry.granted, entry.policy_digest, entry.record_digest
+        )
 
     @classmethod
     def parse(cls, data: bytes) -> Outline:
@@ -135,8 +147,7 @@ class Outline:
         try:
             fields = parse_tlv(data, label=_LABEL, fields=_FIELDS)
             tenant, key_uri, job = (fields[i].decode() for i in (4, 5, 10))
-            granted = int(_flag(fields[7]))
-            return cls(_number(fields[0]), (tenant, key_uri, job, granted, fields[12], fields[15]))
+            return cls(_number(fields[0]), tenant, key_uri, job, _flag(fields[7]), fields[12], fields[15])
         except ValueError:
             raise EntryInvalid("not a log entry") from None
 

@@ -7,7 +7,7 @@ what logcheck.py compares when the broker starts, and by the proofs of logproofs
 MAC needs the root key. Putting back an old copy of the whole file is not detectable from the file alone: receipts and
 checkpoints in other hands, which hold size and root, are what finds it.
 
-decisions     what the broker itself counts and looks up, in columns     entries    the leaves' bytes
+decisions     what the broker itself counts and looks up by              entries    the leaves' bytes
 log_nodes     hashes of perfect subtrees, in the order they come about   log_head   size, peaks, MAC
 log_segments  each 4,096 entries, verified once when they were complete  evidence   tokens behind decisions
 """
@@ -26,7 +26,7 @@ import apsw
 from cloister.merkle import Frontier, MerkleError, leaf_hash, stored_position
 from cloister.tlv import sha384, tlv
 from cloister.transparency.checkpoint import MAX_SIZE
-from cloister.transparency.entry import SALT_SIZE, Entry, EntryInvalid, LoggedEntry
+from cloister.transparency.entry import SALT_SIZE, Entry, EntryInvalid, LoggedEntry, Outline
 from cloister_keybroker import logcheck
 from cloister_keybroker.rootkey import RootKey
 
@@ -37,15 +37,14 @@ SCHEMA: Final = """
 CREATE TABLE decisions (
   idx INTEGER PRIMARY KEY,
   tenant TEXT NOT NULL,
-  key_uri TEXT NOT NULL,
-  job TEXT NOT NULL,
-  granted INTEGER NOT NULL,
-  policy_digest BLOB NOT NULL,
+  key_tag BLOB NOT NULL,
+  grant_tag BLOB NOT NULL,
   record_digest BLOB NOT NULL
 ) STRICT;
-CREATE INDEX decisions_by_tenant ON decisions (tenant, key_uri, idx);
-CREATE INDEX grants_by_job ON decisions (key_uri, job, policy_digest) WHERE granted = 1 AND job <> '';
-CREATE INDEX record_changes ON decisions (idx, key_uri, record_digest) WHERE record_digest <> x'';
+CREATE INDEX decisions_by_tenant ON decisions (tenant);
+CREATE INDEX decisions_by_key ON decisions (key_tag);
+CREATE INDEX grants_by_job ON decisions (grant_tag) WHERE grant_tag <> x'';
+CREATE INDEX record_changes ON decisions (idx) WHERE record_digest <> x'';
 CREATE TABLE entries (idx INTEGER PRIMARY KEY, entry BLOB NOT NULL) STRICT;
 CREATE TABLE evidence (digest BLOB PRIMARY KEY, token TEXT NOT NULL) STRICT;
 CREATE TRIGGER decisions_are_not_changed BEFORE UPDATE ON decisions
@@ -107,8 +106,7 @@ class DecisionLog:
         index = frontier.size
         data = entry.to_bytes(index=index, time_ms=time_ms, salt=secrets.token_bytes(SALT_SIZE))
         execute = self._connection.execute
-        columns = (entry.tenant, entry.key_uri, entry.job, int(entry.granted), entry.policy_digest, entry.record_digest)
-        execute("INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?)", (index, *columns))
+        execute("INSERT INTO decisions VALUES (?, ?, ?, ?, ?)", (index, *logcheck.columns_of(Outline.of(index, entry))))
         execute("INSERT INTO entries VALUES (?, ?)", (index, data))
         frontier, completed = frontier.extended(leaf_hash(data))
         rows = enumerate(completed, start=stored_position(0, index))
@@ -138,10 +136,10 @@ class DecisionLog:
             raise logcheck.damaged("its head was not written by this broker")
         return frontier
 
-    def verify(self, *, whole: bool = False) -> dict[str, bytes]:
+    def verify(self, *, whole: bool = False) -> dict[bytes, bytes]:
         """Compare the log with its head; see logcheck.py. Raises STORE_DAMAGED.
 
-        Returns, for each key, the digest of its record after its last logged change: the store compares its rows.
+        Returns, for the tag of each key, the digest of its record after its last logged change: the store compares.
         """
         return logcheck.verify(self._connection, self._root_key, self.head(), whole=whole)
 
@@ -154,9 +152,9 @@ class DecisionLog:
     def released_to_job(self, *, key_uri: str, job: str, policy_digest: bytes, before: int = MAX_SIZE) -> int:
         """Count the grants of a key to a job under one policy, up to an index: the log itself is the counter."""
         row = self._connection.execute(
-            "SELECT count(*) FROM decisions INDEXED BY grants_by_job WHERE granted = 1 AND job <> ''"
-            " AND key_uri = ? AND job = ? AND policy_digest = ? AND idx < ?",
-            (key_uri, job, policy_digest, before),
+            "SELECT count(*) FROM decisions INDEXED BY grants_by_job"
+            " WHERE grant_tag <> x'' AND grant_tag = ? AND idx < ?",
+            (logcheck.grant_tag(key_uri, job, policy_digest), before),
         ).fetchone()
         return int(row[0]) if row else 0
 
@@ -173,10 +171,10 @@ class DecisionLog:
         return self._entries("idx >= ? ORDER BY idx", tenant, key_uri, first, limit)
 
     def _entries(self, which: str, tenant: str, key_uri: str, index: int, limit: int) -> Iterator[LoggedEntry]:
+        column, value = ("key_tag", logcheck.key_tag(tenant, key_uri)) if key_uri else ("tenant", tenant)
         rows = self._connection.execute(
-            "SELECT idx, entry FROM decisions JOIN entries USING (idx) WHERE tenant = ?"  # noqa: S608 - constants
-            f" {'AND key_uri = ?' if key_uri else ''} AND {which} LIMIT ?",
-            (tenant, *((key_uri,) if key_uri else ()), index, limit),
+            f"SELECT idx, entry FROM decisions JOIN entries USING (idx) WHERE {column} = ? AND {which} LIMIT ?",  # noqa: S608 - constants
+            (value, index, limit),
         )
         for place, data in rows:
             try:

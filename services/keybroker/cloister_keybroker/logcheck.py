@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import apsw
@@ -26,6 +27,7 @@ from cloister.transparency.entry import EntryInvalid, Outline
 from cloister_keybroker.rootkey import RootKey
 
 _LEVEL: Final = 12
+_TAG_SIZE: Final = 16
 SEGMENT: Final = 1 << _LEVEL  # entries; some 40 ms to verify
 
 
@@ -41,10 +43,10 @@ def close_segment(connection: apsw.Connection, root_key: RootKey, size: int, com
     connection.execute("INSERT INTO log_segments VALUES (?, ?, ?, ?)", (number, found.root(), columns, mac))
 
 
-def verify(connection: apsw.Connection, root_key: RootKey, head: Frontier, *, whole: bool) -> dict[str, bytes]:
+def verify(connection: apsw.Connection, root_key: RootKey, head: Frontier, *, whole: bool) -> dict[bytes, bytes]:
     """Raise STORE_DAMAGED unless columns, indexes and entries are those of the head; `whole` hashes every entry.
 
-    Returns, for each key, the digest of its record after its last logged change.
+    Returns, for the tag of each key, the digest of its record after its last logged change.
     """
     try:
         problem = connection.execute("PRAGMA integrity_check(decisions)").fetchone()
@@ -68,9 +70,28 @@ def verify(connection: apsw.Connection, root_key: RootKey, head: Frontier, *, wh
     if _walk(connection, complete, complete.size, None) != head:
         raise damaged("entries were changed, added or removed")
     changes = connection.execute(
-        "SELECT key_uri, record_digest FROM decisions INDEXED BY record_changes WHERE record_digest <> x'' ORDER BY idx"
+        "SELECT key_tag, record_digest FROM decisions INDEXED BY record_changes WHERE record_digest <> x'' ORDER BY idx"
     )
     return dict(changes)
+
+
+@lru_cache(maxsize=4096)
+def key_tag(tenant: str, key_uri: str) -> bytes:
+    """Return what stands for a tenant's entries about a key (16 bytes): columns are read whole at every start."""
+    return hashlib.sha256(tlv("cloister-log-key-tag-v1", tenant, key_uri)).digest()[:_TAG_SIZE]
+
+
+@lru_cache(maxsize=4096)
+def grant_tag(key_uri: str, job: str, policy_digest: bytes) -> bytes:
+    """Return what stands for a key, a job and a policy: what max_per_job counts (16 bytes)."""
+    return hashlib.sha256(tlv("cloister-log-grant-tag-v1", key_uri, job, policy_digest)).digest()[:_TAG_SIZE]
+
+
+def columns_of(outline: Outline) -> tuple[str, bytes, bytes, bytes]:
+    """Return tenant, key tag, grant tag (empty for what does not count) and record digest of an entry."""
+    counts = outline.granted and outline.job
+    counted = grant_tag(outline.key_uri, outline.job, outline.policy_digest) if counts else b""
+    return outline.tenant, key_tag(outline.tenant, outline.key_uri), counted, outline.record_digest
 
 
 def rekey(connection: apsw.Connection, old: RootKey, new: RootKey) -> None:
@@ -96,7 +117,7 @@ def damaged(why: str) -> CloisterError:
 def _walk(connection: apsw.Connection, frontier: Frontier, begin: int, end: int | None) -> Frontier:
     """Return the frontier with the entries [begin, end) appended, each of them compared with its columns."""
     rows = connection.execute(
-        "SELECT idx, tenant, key_uri, job, granted, policy_digest, record_digest, entry"
+        "SELECT idx, tenant, key_tag, grant_tag, record_digest, entry"
         " FROM decisions LEFT JOIN entries USING (idx) WHERE idx >= ? AND idx < ? ORDER BY idx",
         (begin, end if end is not None else 2**62),
     )
@@ -106,7 +127,7 @@ def _walk(connection: apsw.Connection, frontier: Frontier, begin: int, end: int 
         except EntryInvalid:
             raise damaged(f"entry {index} is missing or malformed") from None
         # The columns are only an index, but max_per_job counts by them.
-        if outline.index != index or index != expected or tuple(columns) != outline.columns:
+        if outline.index != index or index != expected or tuple(columns) != columns_of(outline):
             raise damaged(f"entry {index} was moved or relabelled")
         frontier = frontier.appended(leaf_hash(data))
     return frontier
@@ -115,8 +136,8 @@ def _walk(connection: apsw.Connection, frontier: Frontier, begin: int, end: int 
 def _columns(connection: apsw.Connection, begin: int) -> bytes:
     """Return SHA-384 over the columns of one segment (48 bytes). hex() of text stops at nothing, as quote() would."""
     row = connection.execute(
-        "SELECT group_concat(idx || ',' || hex(tenant) || ',' || hex(key_uri) || ',' || hex(job) || ',' || granted"
-        " || ',' || hex(policy_digest) || ',' || hex(record_digest), ';' ORDER BY idx)"
+        "SELECT group_concat(idx || ',' || hex(tenant) || ',' || hex(key_tag) || ',' || hex(grant_tag)"
+        " || ',' || hex(record_digest), ';' ORDER BY idx)"
         " FROM decisions WHERE idx >= ? AND idx < ?",
         (begin, begin + SEGMENT),
     ).fetchone()

@@ -26,7 +26,7 @@ from cloister.identity import SpiffeId
 from cloister.keyuri import KeyUri
 from cloister.runtime.database import Database
 from cloister.transparency.start import Start
-from cloister_keybroker import approvals, log, logkey, mark, retired
+from cloister_keybroker import approvals, log, logcheck, logkey, mark, retired
 from cloister_keybroker.datasets import Registry
 from cloister_keybroker.keycache import Changes, Memo
 from cloister_keybroker.keys import KeyRecord
@@ -239,10 +239,11 @@ class KeyStore:
         logged = log.DecisionLog(connection, self._root_key).verify()
         transaction = self._transaction(connection)
         records = list(transaction.all_records())
-        stored = {str(record.uri): record.digest() for record in records}
-        for uri in stored.keys() | logged.keys():
-            if stored.get(uri) != logged.get(uri):
-                raise store_damaged(f"the row of {uri} is not what the decision log says it became")
+        for record in records:
+            if logged.pop(logcheck.key_tag(record.uri.tenant, str(record.uri)), b"") != record.digest():
+                raise store_damaged(f"the row of {record.uri} is not what the decision log says it became")
+        if logged:
+            raise store_damaged("the decision log knows of a key whose row is missing")
         for record in records:
             transaction.versions(record)
             transaction.registry(record)

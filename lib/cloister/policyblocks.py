@@ -186,7 +186,9 @@ class BlockReader:
 def refuse(document: Document, path: Path, why: str, todo: str) -> NoReturn:
     """Raise POLICY_INVALID with the place in people's words."""
     place = f"{path_text(path)} (line {document.line_of(path)})"
-    raise CloisterError(Code.POLICY_INVALID, what=f"{place}: {why}", why="the policy was not put in force", todo=todo)
+    raise CloisterError(
+        Code.POLICY_INVALID, what=f"{place}: {why}", why="a policy with a mistake in it is not used", todo=todo
+    )
 
 
 def _show(value: timedelta) -> str:
@@ -205,7 +207,7 @@ def read_document(data: bytes, *, what: str, manual: str) -> Document:
         raise CloisterError(
             Code.POLICY_INVALID,
             what=f"the {what} is not YAML of the accepted form: {error}",
-            why="the policy was not put in force",
+            why="a policy with a mistake in it is not used",
             todo=f"see {manual}, section Form",
         ) from None
 

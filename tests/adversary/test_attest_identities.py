@@ -175,6 +175,19 @@ async def test_administrators_make_no_operators_and_touch_none(attest: LocalAtte
     await call(attest, admin, "IssueIdentity", issuing(who("operations", "oda"), spki_der=third))
 
 
+async def test_an_administrator_does_not_undo_what_an_operator_denied(attest: LocalAttest) -> None:
+    bob = str(who("hospital-a", "bob"))
+    readmit = PB.ReadmitRequest(kind=PB.DENIAL_KIND_IDENTITY, value=bob)
+    await call(attest, OPERATOR, "Deny", PB.DenyRequest(kind=PB.DENIAL_KIND_IDENTITY, value=bob))
+    assert (await refused(attest, ADMIN, "Readmit", readmit)).code is Code.CALLER_NOT_ALLOWED
+    assert (await call(attest, OPERATOR, "Readmit", readmit)).was_denied
+    # What another administrator of the tenant denied, it may.
+    await call(attest, ADMIN, "Deny", PB.DenyRequest(kind=PB.DENIAL_KIND_IDENTITY, value=bob))
+    assert (await refused(attest, OTHER_ADMIN, "Readmit", readmit)).code is Code.CALLER_NOT_ALLOWED
+    assert (await call(attest, ADMIN, "Readmit", readmit)).was_denied
+    assert not (await call(attest, ADMIN, "Readmit", readmit)).was_denied
+
+
 async def test_an_administrator_sees_its_own_tenant_only(attest: LocalAttest) -> None:
     await call(attest, OTHER_ADMIN, "IssueIdentity", issuing(who("hospital-b", "ben")))
     seen = {

@@ -432,6 +432,19 @@ async def test_a_workload_that_is_not_the_policys_gets_nothing(
     assert error.why.startswith("wanted ")
 
 
+@pytest.mark.parametrize("group", ["X25519", ""])
+async def test_a_channel_without_the_key_exchange_that_the_policy_wants_gets_nothing(
+    broker: Broker, group: str
+) -> None:
+    await broker.create_key(policy_document(channel={"key_exchange": ["X25519MLKEM768"]}))
+    td = broker.td()
+    assert len(td.open(await td.release())) == 32
+    nonce = await td.begin()
+    weaker = dataclasses.replace(td.workload, peer=dataclasses.replace(td.workload.peer, key_exchange_group=group))
+    attempt = broker.releases.release(weaker, td.asked(nonce, td.token(nonce)))
+    await denied(broker, attempt, Code.RELEASE_DENIED, "channel.key_exchange")
+
+
 async def test_a_job_gets_a_key_as_often_as_the_policy_says_across_restarts(tmp_path: Path) -> None:
     ca, clock = TestCa(), Clock()
     paths = tmp_path / "store.sqlite", tmp_path / "root.key"

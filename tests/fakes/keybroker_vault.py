@@ -138,7 +138,9 @@ async def put_key(
         transaction.insert_key(record, versions[0])
         transaction.put_version(uri, versions[1])
         transaction.insert_policy(uri, 1, StoredPolicy(b"replaced", b"envelope"))
-        transaction.append(replace(entry, key_uri=str(uri), record_digest=record.digest()), time_ms=1)
+        transaction.append(
+            replace(entry, tenant=uri.tenant, key_uri=str(uri), record_digest=record.digest()), time_ms=1
+        )
 
     await store.write(work)
     return fresh.wrapped

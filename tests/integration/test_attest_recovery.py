@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import secrets
+import shutil
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -213,6 +214,33 @@ async def test_a_change_of_configuration_can_be_recovered_into_by_name() -> None
         await attest.stop()
         endpoint = await attest.start_sealed()
         await give(attest, endpoint, share_of(attest, 2))
+
+
+async def test_other_holders_get_shares_when_those_of_before_agree(tmp_path: Path) -> None:
+    async with attest_process(ca=SHARES, fixed_ports=True, prepare=make_holders) as attest:
+        bundle = attest.bundle
+        await attest.stop()
+        old = [share_of(attest, number) for number in (1, 2, 3)]
+        shutil.copytree(attest.directory / "state/ca-shares", tmp_path / "before")
+        create_holder_key(attest.directory / "dan")
+        attest.ca = SHARES.replace("cas", "dan")
+        attest.write_config()
+        endpoint = await attest.start_sealed()
+        assert (await refused(attest, endpoint, old[0])).code is Code.EVIDENCE_UNEXPECTED
+        config = attest.measured_configuration([attest.directory / f"{name}.pub" for name in ("ann", "ben", "dan")])
+        for share in old[:2]:
+            await give(attest, endpoint, share, config=config)
+        await attest.ready()
+        assert attest.bundle.to_bytes() == bundle.to_bytes()
+
+        await attest.stop()
+        endpoint = await attest.start_sealed()
+        assert "is none of set" in (await refused(attest, endpoint, old[2])).why
+        dan = SealedShare.parse((attest.directory / "state/ca-shares/share-3-of-3.json").read_bytes())
+        await give(attest, endpoint, dan.open(read_holder_key(attest.directory / "dan")))
+        await give(attest, endpoint, share_of(attest, 1))
+        await attest.ready()
+        assert attest.bundle.to_bytes() == bundle.to_bytes()
 
 
 async def test_killed_in_the_middle_of_changes_attest_finds_a_whole_state_and_its_services_go_on() -> None:

@@ -12,12 +12,12 @@ from cloister.errors import CloisterError, Code
 from cloister.identity import Role
 from cloister.recovery import new_recovery_key, split
 from cloister.runtime.trust import Trust, adopt, sign_update
-from cloister_attest.castate import CaState, SealedState
+from cloister_attest.castate import CaState, Context, SealedState
 from cloister_attest.epochs import Epochs, Schedule
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
-CONFIG = b"\x05" * 48
+CONTEXT = Context(b"\x05" * 48, b"\x06" * 48)
 PLAN = Schedule(lead=3 * MINUTE, overlap=13 * HOUR, renew_after=60 * DAY)
 
 
@@ -147,6 +147,19 @@ def test_a_ca_that_was_asleep_for_too_long_begins_an_epoch_without_announcement(
     assert after.ending[0].ends_at == before.issuing.ends
 
 
+def test_each_change_is_one_generation_however_much_was_due() -> None:
+    _, announced, *_ = changing()
+    late = announced.advance(PLAN, now=NOW + 80 * DAY)  # issuing, the old one over, and the next one announced
+    assert (len(late.trusted), late.announced is not None, len(late.gone)) == (3, True, 0)
+    later = late.advance(PLAN, now=NOW + 81 * DAY)
+    for before, after in ((announced, late), (late, later)):
+        assert after.generation == before.generation + 1
+        assert after.bundle.sequence <= after.sequence(0)
+    assert {found.digest for found in later.served} == {found.bundle.digest for found in (announced, late, later)} | {
+        found.digest for found in announced.served
+    }
+
+
 def test_a_clock_that_steps_back_brings_nothing_back() -> None:
     *_, over = changing()
     assert over.advance(PLAN, now=NOW - DAY) is over
@@ -194,13 +207,13 @@ def test_the_state_is_the_same_after_it_was_sealed_and_opened() -> None:
     retired = issuing.retire(before.issuing.epoch, now=NOW + HOUR)
     for epochs in (before, announced, issuing, over, retired):
         state = CaState(epochs, new_recovery_key())
-        sealed = SealedState.parse(state.seal(key, shares=shares, config=CONFIG, now=NOW))
+        sealed = SealedState.parse(state.seal(key, shares=shares, context=CONTEXT, now=NOW))
         again = sealed.open(key)
         assert json.dumps(again.epochs.to_secret(), sort_keys=True) == json.dumps(epochs.to_secret(), sort_keys=True)
         assert again.register_key == state.register_key
-        assert (sealed.bundle, sealed.config, sealed.generation, sealed.sealed_at) == (
+        assert (sealed.bundle, sealed.context, sealed.generation, sealed.sealed_at) == (
             epochs.bundle,
-            CONFIG,
+            CONTEXT,
             epochs.generation,
             NOW,
         )
@@ -209,7 +222,7 @@ def test_the_state_is_the_same_after_it_was_sealed_and_opened() -> None:
 
 def test_no_private_key_stands_in_the_sealed_file() -> None:
     state = CaState.begin("cloister.test", now=NOW)
-    data = state.seal(new_recovery_key(), shares=None, config=CONFIG, now=NOW)
+    data = state.seal(new_recovery_key(), shares=None, context=CONTEXT, now=NOW)
     for secret in (state.epochs.issuing.to_secret()["token_key"], state.register_key.reveal().hex()):
         assert secret.encode() not in data
     assert b"PRIVATE" not in data
@@ -218,9 +231,9 @@ def test_no_private_key_stands_in_the_sealed_file() -> None:
 def test_a_sealed_state_opens_under_its_own_key_and_unchanged_only() -> None:
     key = new_recovery_key()
     mine, other = (CaState.begin("cloister.test", now=NOW) for _ in range(2))
-    data = mine.seal(key, shares=None, config=CONFIG, now=NOW)
+    data = mine.seal(key, shares=None, context=CONTEXT, now=NOW)
     fields = json.loads(data)
-    swapped = {**fields, "public": json.loads(other.seal(key, shares=None, config=CONFIG, now=NOW))["public"]}
+    swapped = {**fields, "public": json.loads(other.seal(key, shares=None, context=CONTEXT, now=NOW))["public"]}
     for bad, with_key in (
         (data, new_recovery_key()),
         (json.dumps(swapped).encode(), key),

@@ -38,6 +38,7 @@ STRICT: dict[str, Any] = {
         "datasets": [digest_text(b"\x25" * 48)],
         "no_events_after": "cloister.workload.sealed",
     },
+    "channel": {"key_exchange": ["X25519MLKEM768"]},
 }
 
 
@@ -92,6 +93,7 @@ def test_what_the_policy_accepts_is_where_a_case_begins() -> None:
         ("workload.datasets", "workload.datasets", [digest_text(b"\x25" * 48), OTHER]),
         ("workload.datasets", "workload.datasets", []),
         ("identity.spiffe", "identity.spiffe", BACKEND),
+        ("channel.key_exchange", "channel.key_exchange", "X25519"),
         ("evidence.max_age", "evidence.age", "6m"),
         ("evidence.nonce", "evidence.nonce", "verifier"),
         ("release.max_per_job", "release.count", "8"),

@@ -41,6 +41,7 @@ CODES: dict[str, Code] = {
     "policy.key.uri": Code.RELEASE_DENIED,
     "policy.key.versions": Code.RELEASE_DENIED,
     "policy.key.purposes": Code.RELEASE_DENIED,
+    "channel.key_exchange": Code.RELEASE_DENIED,
     "tee.type": Code.RELEASE_DENIED,
     "tee.debug": Code.RELEASE_DENIED,
     "tee.simulated": Code.RELEASE_DENIED,
@@ -91,6 +92,7 @@ def everything() -> Any:
             "datasets": digest,
             "no_events_after": "cloister.workload.sealed",
         },
+        channel={"key_exchange": ["X25519MLKEM768", "X25519"]},
     )
     approver = did_key(Ed25519PrivateKey.generate())
     document["spec"]["release"] |= {"max_per_job": "1", "approvals": {"threshold": "1", "of": [approver]}}

@@ -101,6 +101,7 @@ WIDER: list[tuple[str, Any, Any, str]] = [
     ),
     ("spec.when.identity", {"spiffe": [RANKS]}, {"spiffe": [RANKS, BACKENDS]}, "spec.when.identity.spiffe"),
     ("spec.when.identity", {"spiffe": [RANKS]}, None, "spec.when.identity.spiffe"),
+    ("spec.when.channel", {"key_exchange": ["X25519MLKEM768"]}, None, "spec.when.channel.key_exchange"),
     ("spec.when.evidence.max_age", "5m", "10m", "spec.when.evidence.max_age"),
     ("spec.when.evidence.nonce", "broker", "verifier", "spec.when.evidence.nonce"),
     ("spec.release.max_per_job", "8", "9", "spec.release.max_per_job"),

@@ -169,6 +169,14 @@ def test_a_data_key_that_did_not_open_would_not_open_under_another_policy() -> N
     assert failed(replay(a_policy(), dataclasses.replace(request, blocks=blocks), ear)) == ["data_key"]
 
 
+@pytest.mark.parametrize(("group", "refused"), [("X25519MLKEM768", []), ("X25519", ["channel.key_exchange"])])
+def test_a_policy_that_begins_to_want_a_key_exchange_finds_it_in_the_log(group: str, refused: list[str]) -> None:
+    request = logged(a_policy(), sample_ear(), channel=f"TLSv1.3, {group}")
+    policy = a_policy(channel={"key_exchange": ["X25519MLKEM768"]})
+    assert failed(replay(policy, request, sample_ear())) == refused
+    assert failed(explain_token(policy, sample_ear())) == []  # a token alone came over no channel
+
+
 def test_without_the_token_nothing_would_be_granted() -> None:
     request = logged(a_policy(), sample_ear())
     assert failed(replay(a_policy(), request, None)) == ["token"]

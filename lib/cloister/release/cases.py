@@ -21,7 +21,7 @@ from cloister.keyuri import KeyUri
 from cloister.release.blocks import Block, Decision
 from cloister.release.claims import Case, Situation
 from cloister.release.decide import Counters, Peer, Request, decide
-from cloister.release.keys import ROLE_PURPOSES, KeyState, Purpose
+from cloister.release.keys import KEY_EXCHANGES, ROLE_PURPOSES, KeyState, Purpose
 from cloister.release.policy import ReleasePolicy
 
 _ANY: Final = bytes(48)  # where a policy does not care
@@ -87,7 +87,7 @@ def outcome_of(
             hpke_key_digest=_ANY,
         ),
         _ear(there, now),
-        Peer(there.caller, _CERTIFICATE, "TLSv1.3", "X25519MLKEM768"),
+        Peer(there.caller, _CERTIFICATE, "TLSv1.3", there.key_exchange),
         policy,
         ExampleKey.of(policy, state=there.key_state, newest=there.key_version),
         Counters("", there.released, frozenset(approvers)),
@@ -133,6 +133,7 @@ def _situation(policy: ReleasePolicy, changes: Any, now: datetime) -> Situation:
         config=workload.config[0] if workload.config else _ANY,
         datasets=workload.datasets[:1] if workload.datasets else (),
         piid=tee.platforms[0] if tee.platforms else bytes(16),
+        key_exchange=policy.key_exchange[0] if policy.key_exchange else KEY_EXCHANGES[0],
         approvals=policy.approvals.threshold if policy.approvals else 0,
         tcb_status=tee.tcb.statuses[0] if tee.tcb else "UpToDate",
         tcb_date=((tee.tcb and tee.tcb.min_date) or now.date()).isoformat(),

@@ -23,7 +23,7 @@ from cloister.ear import STATUSES
 from cloister.errors import CloisterError
 from cloister.identity import Role, SpiffeId
 from cloister.policyblocks import TCB_STATUSES, BlockReader, parse_advisory, parse_digest, parse_hex
-from cloister.release.keys import KeyState, Purpose
+from cloister.release.keys import KEY_EXCHANGES, KeyState, Purpose
 
 MAX_CASES: Final = 64
 MISSING: Final = "missing"  # a claim that the token does not have
@@ -48,6 +48,7 @@ class Situation:
     config: bytes
     datasets: tuple[bytes, ...]
     piid: bytes  # 16 bytes, empty: the platform has none
+    key_exchange: str  # group of the TLS channel
     approvals: int  # of as many approvers, in the order of the policy
     tcb_status: str | None = "UpToDate"
     tcb_date: str | None = None
@@ -185,6 +186,7 @@ _CLAIMS: Final[Mapping[str, tuple[str, _Reader]]] = {
         "caller",
         lambda block, name: block.parsed(name, _workload, "the SPIFFE id of a rank or a backend"),
     ),
+    "channel.key_exchange": ("key_exchange", lambda block, name: block.choice(name, KEY_EXCHANGES)),
     "evidence.age": ("evidence_age", _age),
     "evidence.nonce": ("broker_nonce", lambda block, name: block.choice(name, ("broker", "verifier")) == "broker"),
     "release.count": ("released", _number(0)),

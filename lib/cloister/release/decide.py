@@ -3,7 +3,7 @@
 
 Every check becomes a `Block` with what was wanted and what was got, in this order; all of them must hold:
 
- 1. channel: TLS 1.3                                     5. the policy in force, and the key and purpose it is for
+ 1. channel: TLS 1.3                                     5. the policy in force, key, purpose and key exchange of it
  2. caller: a rank or a backend, by its one SPIFFE id    6. every block of `when`
  3. token: authentic, current, about this caller,        7. release: wrapping, how often, approvals
     this certificate and this HPKE key                   8. key: the version is there, the key is enabled,
@@ -90,6 +90,9 @@ def decide(
         got = "one that was withdrawn" if key is not None and key.policy_withdrawn else "none"
         return Decision((*blocks, _text_block("policy", False, "a release policy in force", got)))
     blocks += _policy(request, policy, key)
+    if policy.key_exchange is not None:
+        ok, group = caller.key_exchange_group in policy.key_exchange, caller.key_exchange_group or _MISSING
+        blocks.append(_text_block("channel.key_exchange", ok, " or ".join(policy.key_exchange), group))
     blocks += _tee(ear, policy, now)
     blocks += _measured(ear, policy)
     blocks += _evidence(request, ear, policy, now)
@@ -125,6 +128,7 @@ _ADVICE: Final[dict[str, tuple[Code, str]]] = {
     "token.hpke_key": _RENEW,
     "token.subject": _RENEW,
     "nonce": (Code.NONCE_UNKNOWN, "call BeginRelease again and use its nonce once, within 60 s"),
+    "channel.key_exchange": (Code.RELEASE_DENIED, "connect with a TLS library that has this key exchange"),
     "evidence.nonce": (Code.RELEASE_DENIED, "attest again with the nonce of BeginRelease as relying-party nonce"),
     "evidence.max_age": (Code.RELEASE_DENIED, "attest again and show the new attestation result"),
     "policy": (Code.RELEASE_DENIED, "the key's owner puts a release policy in force"),

@@ -69,6 +69,7 @@ def changes(old: ReleasePolicy, new: ReleasePolicy) -> Iterator[Change]:
     sealed = (SEALED_EVENT if policy.workload.sealed else _ANY for policy in (old, new))
     yield from _switch("spec.when.workload.no_events_after", *sealed, wide=_ANY)
     yield from _sets("spec.when.identity.spiffe", old.identities, new.identities, str)
+    yield from _sets("spec.when.channel.key_exchange", old.key_exchange, new.key_exchange, str)
     yield from _more_is_wider("spec.when.evidence.max_age", old.max_age, new.max_age, str)
     nonces = ("broker" if policy.broker_nonce else "verifier" for policy in (old, new))
     yield from _switch("spec.when.evidence.nonce", *nonces, wide="verifier")

@@ -29,7 +29,7 @@ _KEY: Final = frozenset({"key", "key.version", "key.state", "key.purposes"})
 _AFTERWARDS: Final = frozenset({"data_key", "dataset.version"})  # looked at by the broker when the rest holds
 _RECORDED: Final = _CHANNEL | _KEY | _AFTERWARDS
 # A token alone was not sent over a channel and has no fixed age; nobody counts what it would get.
-_NOT_OF_A_TOKEN: Final = _CHANNEL | {"policy", "evidence.max_age", "release.max_per_job"}
+_NOT_OF_A_TOKEN: Final = _CHANNEL | {"channel.key_exchange", "policy", "evidence.max_age", "release.max_per_job"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,8 @@ def replay(policy: ReleasePolicy, logged: LoggedRequest, ear: Ear | None) -> Dec
         hpke_key_digest=ear.hpke_key_digest,
         renewal=logged.renewal,
     )
-    peer = Peer(logged.caller, ear.certificate_sha256, logged.channel.partition(",")[0], "")
+    tls_version, _, group = logged.channel.partition(", ")
+    peer = Peer(logged.caller, ear.certificate_sha256, tls_version, group)
     key = ExampleKey.of(policy, newest=logged.key_version)
     counters = Counters("" if nonce is None or nonce.ok else nonce.got, logged.released_to_job, _approvers(logged))
     decision = decide(request, ear, peer, policy, key, counters, logged.time)

@@ -26,6 +26,10 @@ ROLE_PURPOSES: Final[dict[Role, frozenset[Purpose]]] = {
 }
 
 
+# Groups of a TLS channel that a policy can ask for, as the TLS library names them; the first one is post-quantum.
+KEY_EXCHANGES: Final = ("X25519MLKEM768", "X25519", "P-256", "P-384")
+
+
 class KeyState(enum.StrEnum):
     """Whether data keys are released and made: only while a key is enabled."""
 

@@ -31,7 +31,7 @@ from cloister.policyblocks import (
     refuse,
 )
 from cloister.release.claims import Case, read_cases
-from cloister.release.keys import Purpose
+from cloister.release.keys import KEY_EXCHANGES, Purpose
 from cloister.strictyaml import Document
 
 KIND: Final = "ReleasePolicy"
@@ -134,6 +134,7 @@ class ReleasePolicy:
     measurements: Mapping[str, tuple[bytes, ...]]
     workload: WorkloadRule
     identities: tuple[SpiffeGlob, ...] | None
+    key_exchange: tuple[str, ...] | None  # groups of the TLS channel
     max_age: timedelta
     broker_nonce: bool  # False: the verifier's nonce is fresh enough
     kem_ids: tuple[int, ...]
@@ -179,6 +180,7 @@ def _policy(document: Document) -> ReleasePolicy:
     tee, measurements = _tee(when.block("tee")), _measurements(when.optional("measurements"))
     workload = _workload(when.block("workload"))
     identities = _identities(when.optional("identity"))
+    key_exchange = _channel(when.optional("channel"))
     max_age, broker_nonce = _evidence(when.optional("evidence"))
     when.end()
     kem_ids, max_per_job, lease, approvals = _release(release)
@@ -194,6 +196,7 @@ def _policy(document: Document) -> ReleasePolicy:
         measurements=measurements,
         workload=workload,
         identities=identities,
+        key_exchange=key_exchange,
         max_age=max_age,
         broker_nonce=broker_nonce,
         kem_ids=kem_ids,
@@ -269,6 +272,14 @@ def _identities(block: BlockReader | None) -> tuple[SpiffeGlob, ...] | None:
     globs = block.each("spiffe", SpiffeGlob.parse, wanted)
     block.end()
     return globs
+
+
+def _channel(block: BlockReader | None) -> tuple[str, ...] | None:
+    if block is None:
+        return None
+    groups = block.choices("key_exchange", KEY_EXCHANGES)
+    block.end()
+    return groups
 
 
 def _evidence(block: BlockReader | None) -> tuple[timedelta, bool]:

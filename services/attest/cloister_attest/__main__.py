@@ -204,6 +204,7 @@ async def _serve(
     jwks = JwksServer(listen=config.attest.jwks_listen, credentials=identity, bundle=lambda: ca.bundle)
     exposition = MetricsServer(config.service.metrics_listen, metrics.registry)
     changing = asyncio.create_task(ca.run(), name="the CA")
+    changing.add_done_callback(_log_end)
     try:
         await server.start()
         await enrolment_server.start()
@@ -257,6 +258,12 @@ async def _open_ca(
     finally:
         place.unlink(missing_ok=True)
     return await opening.finish(key, sealer, users, config=measured, now=utc_now())
+
+
+def _log_end(task: asyncio.Task[None]) -> None:
+    """Log an end of the CA's changes that nobody expected: epochs would not follow one another any more."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        get_logger().critical("the CA does not change any more", exc_info=error)
 
 
 def _follow(told: Told, identity: Identity, bundle_file: Path) -> None:

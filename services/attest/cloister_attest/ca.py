@@ -78,8 +78,8 @@ class WorkloadCa:
 
     @property
     def issuing(self) -> Authority:
-        """The epoch that issues."""
-        return self._state.epochs.issuing
+        """The epoch that issues, of those that everybody was told of."""
+        return self._told.epochs.issuing
 
     @property
     def bundle(self) -> TrustBundle:
@@ -107,7 +107,7 @@ class WorkloadCa:
 
     async def advance(self) -> Epochs:
         """Do what time has made due."""
-        return await self._change(lambda epochs, now: epochs.advance(self._schedule, now=now), "the CA has changed")
+        return await self._change(lambda epochs, _now: epochs, "the CA has changed")
 
     async def revoke(self) -> Ended:
         """Tell which certificates ended, after denials or registrations changed."""
@@ -130,10 +130,14 @@ class WorkloadCa:
 
     async def _change(self, step: Callable[[Epochs, datetime], Epochs], event: str) -> Epochs:
         async with self._one_at_a_time:
-            now, before = self._clock(), self._state.epochs
-            after = step(before.advance(self._schedule, now=now), now)  # 1
-            if after is before:
-                return before
+            now = self._clock()
+            due = self._state.epochs.advance(self._schedule, now=now)
+            await self._put(due, now, "the CA has changed")
+            return await self._put(step(due, now), now, event)
+
+    async def _put(self, after: Epochs, now: datetime, event: str) -> Epochs:
+        """Take steps 2 to 4 for one generation, if it is another one."""
+        if after is not self._state.epochs:
             state = replace(self._state, epochs=after)
             if self._vault is not None:
                 await asyncio.to_thread(self._vault.save, state, now=now)  # 2
@@ -152,12 +156,19 @@ class WorkloadCa:
             )
             await self._tell_ended()  # 4
             self._wake.set()
-            return after
+        return after
 
     async def _tell_ended(self) -> Ended:
-        ended = await self._issued.ended(now=self._clock())
-        revoked = Revoked(ended.certificates, self._state.epochs.retired_key_ids)
-        if revoked != self._told.trust.revoked or self._told.epochs is not self._state.epochs:
+        epochs, told = self._state.epochs, self._told
+        try:
+            ended = await self._issued.ended(now=self._clock())
+        except CloisterError:
+            if told.epochs is epochs:
+                raise
+            # Another epoch is told all the same: with what was revoked before.
+            ended = Ended(told.trust.revoked.certificates, frozenset(), False)
+        revoked = Revoked(ended.certificates, epochs.retired_key_ids)
+        if revoked != told.trust.revoked or told.epochs is not epochs:
             self._told = self._tell(revoked)
             for callback in tuple(self._callbacks):
                 callback(self._told)

@@ -34,6 +34,14 @@ _MAX_FILE: Final = 1024 * 1024  # bytes; an epoch has 7 KB
 
 
 @dataclass(frozen=True, slots=True)
+class Context:
+    """Where a state was sealed: digests of attest's configuration and of those who hold shares (48 bytes each)."""
+
+    config: bytes
+    holders: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class CaState:
     """All that attest must not forget while its CA lives."""
 
@@ -45,12 +53,13 @@ class CaState:
         """Return the state of a new CA."""
         return cls(Epochs.begin(trust_domain, now=now), new_recovery_key())
 
-    def seal(self, key: SecretBytes, *, shares: ShareSet | None, config: bytes, now: datetime) -> bytes:
-        """Return the sealed file; `config` is the digest of attest's configuration (48 bytes)."""
+    def seal(self, key: SecretBytes, *, shares: ShareSet | None, context: Context, now: datetime) -> bytes:
+        """Return the sealed file."""
         public = dump(
             {
                 "bundle": self.epochs.bundle.to_bytes().decode("ascii"),
-                "config": config.hex(),
+                "config": context.config.hex(),
+                "holders": context.holders.hex(),
                 "generation": self.epochs.generation,
                 "sealed_unix_s": int(now.timestamp()),
             }
@@ -70,7 +79,7 @@ class SealedState:
 
     sealed: SealedRoot
     bundle: TrustBundle
-    config: bytes  # digest of the configuration that attest had, 48 bytes
+    context: Context
     generation: int
     sealed_at: datetime
 
@@ -81,12 +90,12 @@ class SealedState:
         try:
             public = Members(load(sealed.public, max_size=_MAX_FILE), "the public part")
             bundle = TrustBundle.parse(public.text("bundle", longest=_MAX_FILE).encode("ascii"))
-            config = public.octets("config", sizes=(48,))
+            context = Context(*(public.octets(name, sizes=(48,)) for name in ("config", "holders")))
             generation, sealed_at = public.integer("generation"), public.integer("sealed_unix_s", highest=2**33)
             public.end()
         except (StrictJsonError, ValueError, CloisterError):
             raise _invalid("its public part does not parse") from None
-        return cls(sealed, bundle, config, generation, datetime.fromtimestamp(sealed_at, UTC))
+        return cls(sealed, bundle, context, generation, datetime.fromtimestamp(sealed_at, UTC))
 
     def open(self, key: SecretBytes) -> CaState:
         """Return the state; raise CloisterError(SEALED_ROOT_INVALID) under another key, or when it was edited."""
@@ -129,11 +138,11 @@ class Vault:
     path: Path
     key: SecretBytes
     shares: ShareSet | None
-    config: bytes  # digest of the configuration, 48 bytes
+    context: Context
 
     def save(self, state: CaState, *, now: datetime) -> None:
         """Seal and write the state; on any error raise CloisterError, and what was there before stays whole."""
-        write_atomically(self.path, state.seal(self.key, shares=self.shares, config=self.config, now=now), mode=0o600)
+        write_atomically(self.path, state.seal(self.key, shares=self.shares, context=self.context, now=now), mode=0o600)
 
 
 def _invalid(why: str) -> CloisterError:

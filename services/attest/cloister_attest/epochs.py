@@ -148,11 +148,13 @@ class Epochs:
                 why="an epoch is announced" if self.announced else f"{len(self.ending)} epochs have not ended yet",
                 todo="`cloister attest epochs` shows until when; retire one to end it at once",
             )
-        announced = Announced(Authority.create(now=now), now + schedule.lead)
-        return replace(self, announced=announced)._changed()
+        return self._announcing(schedule.lead, now)._after(self)
 
     def retire(self, epoch: str, *, now: datetime) -> Epochs:
         """Trust an epoch no more; raise CloisterError(EPOCH_NOT_FOUND) unless it is trusted now."""
+        return self._retiring(epoch, now)._after(self)
+
+    def _retiring(self, epoch: str, now: datetime) -> Epochs:
         if self.announced is not None and self.announced.authority.epoch == epoch:
             return replace(self, announced=None)._without(self.announced.authority, now)
         for found in self.ending:
@@ -171,23 +173,26 @@ class Epochs:
 
     def advance(self, schedule: Schedule, *, now: datetime) -> Epochs:
         """Return what time has made of it; the same object when that is nothing."""
+        found = self._advanced(schedule, now)
+        return self if found is self else found._after(self)
+
+    def _advanced(self, schedule: Schedule, now: datetime) -> Epochs:
         found = self
         if found.announced is not None and now >= found.announced.issues_at:
             ending = Ending(found.issuing, min(now + schedule.overlap, found.issuing.ends))
-            found = replace(
-                found, issuing=found.announced.authority, announced=None, ending=(ending, *found.ending)
-            ).next_generation()
+            ending_now = (ending, *found.ending)
+            found = replace(found, issuing=found.announced.authority, announced=None, ending=ending_now)
         for over in [old for old in found.ending if now >= old.ends_at]:
             ending_still = tuple(old for old in found.ending if old is not over)
             found = replace(found, ending=ending_still)._without(over.authority, now, retired=False)
         if any(now >= old.since + CALLS_OUTLIVE and not old.signing(now) for old in found.gone):
             kept = tuple(old for old in found.gone if now < old.since + CALLS_OUTLIVE or old.signing(now))
-            found = replace(found, gone=kept).next_generation()
+            found = replace(found, gone=kept)
         if found.announced is None and len(found.ending) < _MAX_ENDING:
             if now >= found.issuing.ends - _LAST_MOMENT:
-                found = found.start(replace(schedule, lead=timedelta()), now=now).advance(schedule, now=now)
+                found = found._announcing(timedelta(), now)._advanced(schedule, now)
             elif now >= found.issuing.started + schedule.renew_after:
-                found = found.start(schedule, now=now)
+                found = found._announcing(schedule.lead, now)
         return found
 
     def next_change(self, schedule: Schedule) -> datetime:
@@ -234,11 +239,17 @@ class Epochs:
 
     def _without(self, authority: Authority, now: datetime, *, retired: bool = True) -> Epochs:
         gone = Gone(authority.root, now, authority.key_ids if retired else frozenset())
-        return replace(self, gone=(gone, *self.gone)[:_MAX_GONE])._changed()
+        return replace(self, gone=(gone, *self.gone)[:_MAX_GONE])
 
-    def _changed(self) -> Epochs:
-        """Give the bundle of other epochs another number."""
-        return replace(self, generation=self.generation + 1, bundle_generation=self.generation + 1)._serving()
+    def _announcing(self, lead: timedelta, now: datetime) -> Epochs:
+        return replace(self, announced=Announced(Authority.create(now=now), now + lead))
+
+    def _after(self, before: Epochs) -> Epochs:
+        """Make it the generation after `before`, and give the bundle of other epochs another number."""
+        found = replace(self, generation=before.generation + 1)
+        if [authority.epoch for authority in found.trusted] == [authority.epoch for authority in before.trusted]:
+            return found
+        return replace(found, bundle_generation=found.generation)._serving()
 
     def _serving(self) -> Epochs:
         served = Served(self.bundle.digest, frozenset(authority.epoch for authority in self.trusted))

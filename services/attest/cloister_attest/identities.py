@@ -119,6 +119,7 @@ class IdentityServicer(attest_pb2_grpc.IdentityServiceServicer):
         kind = _kind(request.kind)
         value = parse_value(kind, request.value)
         by = await self._may_deny(kind, value)
+        await self._require_own_denial(by, kind, value)
         removed = await self._denials.remove(kind, value)
         if removed:
             await self._revocation.tell()
@@ -228,6 +229,15 @@ class IdentityServicer(attest_pb2_grpc.IdentityServiceServicer):
             raise _not_yours("administrators deny users of their tenant, and no operators")
         self._require_own(by, who)
         return by
+
+    async def _require_own_denial(self, by: User, kind: DenialKind, value: str) -> None:
+        """Let administrators undo what administrators did, and nothing of an operator's."""
+        denial = await self._denials.first(iter([(kind, value)]))
+        if denial is None or by.standing is Standing.OPERATOR:
+            return
+        author = self._users.by_id(SpiffeId.parse(denial.by))
+        if author is None or not by.standing.covers(author.standing):
+            raise _not_yours(f"{denial.by} has denied it")
 
     def _require_own(self, by: User, who: SpiffeId) -> None:
         if (who.trust_domain, who.tenant) != (by.spiffe_id.trust_domain, by.spiffe_id.tenant):

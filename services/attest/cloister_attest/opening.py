@@ -24,7 +24,8 @@ from cloister.rootfile import read_root_file
 from cloister.runtime.bundle import TrustBundle
 from cloister.runtime.logging import get_logger
 from cloister.secret import SecretBytes
-from cloister_attest.castate import CaState, SealedState, Vault, read_state
+from cloister.tlv import sha384, tlv
+from cloister_attest.castate import CaState, Context, SealedState, Vault, read_state
 from cloister_attest.config import AttestConfig, CaSection, Kept
 from cloister_attest.tableseal import TableSealer
 from cloister_attest.users import UserRegister
@@ -94,17 +95,25 @@ class Opening:
             return await asyncio.to_thread(read_root_file, self.section.root_key_file), None
         if not self.holders:
             return None
-        if self.sealed is not None:
-            shares = self.sealed.sealed.shares
-            assert shares is not None
-            return await recover(self.sealed, shares), shares
+        if self.sealed is None:
+            return await self._new_key()
+        shares = self.sealed.sealed.shares
+        assert shares is not None
+        return await recover(self.sealed, shares), shares
+
+    async def _new_key(self) -> tuple[SecretBytes, ShareSet]:
         key = new_recovery_key()
         made = split(key, threshold=self.section.threshold, count=len(self.holders))
         await asyncio.to_thread(self._write_shares, made)
         return key, made.public
 
+    @property
+    def _holders_digest(self) -> bytes:
+        return sha384(tlv("cloister-ca-holders-v1", self.section.threshold, *self.holders))
+
     def _write_shares(self, made: SplitKey) -> None:
-        me, threshold, count = str(SpiffeId.service(self.bundle.trust_domain, Role.ATTEST)), *self._numbers
+        me = str(SpiffeId.service(self.bundle.trust_domain, Role.ATTEST))
+        threshold, count = self.section.threshold, len(self.holders)
         self.shares_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         for number, (share, holder) in enumerate(zip(made.mnemonics, self.holders, strict=True), 1):
             info = share_info(broker_id=me, number=number, count=count, threshold=threshold)
@@ -126,10 +135,6 @@ class Opening:
             holders=count,
         )
 
-    @property
-    def _numbers(self) -> tuple[int, int]:
-        return self.section.threshold, len(self.holders)
-
     async def finish(
         self,
         key: tuple[SecretBytes, ShareSet | None] | None,
@@ -144,19 +149,23 @@ class Opening:
         `config` is the digest of the configuration that attest measured.
 
         A recovered CA goes on in another generation: what was told before is older than what it tells now. The seals
-        of the registers are in the generation of the state, or one behind, wherever this is interrupted.
+        of the registers are in the generation of the state, or one behind, wherever this is interrupted. Where the
+        configuration names other holders, those who recovered it have accepted that: there is another key from now on.
         """
-        vault = None if key is None else Vault(self.path, *key, config)
+        context = Context(config, self._holders_digest)
+        vault = None if key is None else Vault(self.path, *key, context)
         if self.sealed is None or vault is None:
             assert self.fresh is not None
             state = self.fresh
-            if vault is not None:
-                await asyncio.to_thread(vault.save, state, now=now)
-                get_logger().warning("a new CA has begun", bundle=state.epochs.bundle.digest.hex())
             await users.begin()
             await sealer.begin(state.register_key, state.epochs.generation)
+            if vault is not None:  # last: without it, the next start begins anew
+                await asyncio.to_thread(vault.save, state, now=now)
+                get_logger().warning("a new CA has begun", bundle=state.epochs.bundle.digest.hex())
             return state, vault
         state = await asyncio.to_thread(self.sealed.open, vault.key)
+        if self.holders and self.sealed.context.holders != context.holders:
+            vault = Vault(self.path, *(await self._new_key()), context)
         await sealer.load(state.register_key, state.epochs.generation)
         await users.load()
         state = replace(state, epochs=state.epochs.next_generation())

@@ -82,7 +82,7 @@ class RecoveryServicer(attest_pb2_grpc.RecoveryServiceServicer):
             given=self._collector.given,
             generation=self._sealed.generation,
             sealed_unix_s=int(self._sealed.sealed_at.timestamp()),
-            sealed_config=self._sealed.config,
+            sealed_config=self._sealed.context.config,
             trust_bundle=self._sealed.bundle.to_bytes(),
         )
 

@@ -67,13 +67,14 @@ async def test_one_sync_serves_all_releases_that_wait_for_it(tmp_path: Path, cou
         await broker.create_key()
         await release(broker)
         size = (await broker.store.read(lambda t: t.log.head())).size
-        busy, waiting = threading.Event(), broker.store._database._queue
-        disk = asyncio.ensure_future(broker.store.read(lambda t: busy.wait(20)))
+        begun, over, waiting = threading.Event(), threading.Event(), broker.store._database._queue
+        disk = asyncio.ensure_future(broker.store.read(lambda t: (begun.set(), over.wait(20))))
+        await asyncio.to_thread(begun.wait, 20)
         releases = asyncio.gather(*(release(broker) for _ in range(RELEASES)))
         while waiting.qsize() < RELEASES:
             await asyncio.sleep(0.01)
         before = counted.syncs
-        busy.set()
+        over.set()
         await releases
         await disk
         assert (await broker.store.read(lambda t: t.log.head())).size == size + RELEASES

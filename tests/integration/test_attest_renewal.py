@@ -133,7 +133,8 @@ async def test_a_taken_port_is_named_and_nothing_is_left_behind() -> None:
             text = attest.config_file.read_text()
             for section, option in (("[service]", "health_listen"), ("[attest]", "enrolment_listen")):
                 listen = f'{section}\n{option} = "127.0.0.1:{port}"'
-                attest.config_file.write_text(text.replace(section, listen, 1))
+                without = re.sub(rf"^{option} = .*\n", "", text, flags=re.MULTILINE)
+                attest.config_file.write_text(without.replace(section, listen, 1))
                 code, errors = await attest.run_to_end()
                 assert code == 6, errors
                 assert "CLO-1009" in errors

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +27,7 @@ from cloister_attest.config import AttestConfig
 from cloister_attest.nonces import Nonces
 from cloister_attest.ratelimit import RateLimit
 from cloister_attest.registry import MIGRATIONS, Registry
+from cloister_attest.turns import Turns
 from cloister_attest.verdicts import Verdict
 from cloister_attest.workloads import Backend
 from fakes.attest_harness import BACKEND, JOB, TRUST_DOMAIN, LocalAttest, csr, local_attest, spki
@@ -106,6 +108,26 @@ def test_an_address_may_spend_its_burst_then_waits_for_what_it_earns_and_then_is
         limit.spend("10.0.0.1")
     time_s[0] = 60.0
     assert [limit.spend("10.0.0.1") for _ in range(4)] == [0.0, 0.0, 0.0, 0.5]
+
+
+async def test_an_address_with_many_calls_waits_for_itself_and_another_does_not_wait_for_it() -> None:
+    turns, begun, go_on = Turns(2), [], asyncio.Event()
+
+    async def call(address: str, number: int) -> None:
+        async with turns.of(address):
+            begun.append((address, number))
+            await go_on.wait()
+
+    many = [asyncio.create_task(call("10.0.0.1", number)) for number in range(5)]
+    await asyncio.sleep(0)
+    other = asyncio.create_task(call("10.0.0.2", 0))
+    await asyncio.sleep(0)
+    assert begun == [("10.0.0.1", 0), ("10.0.0.1", 1), ("10.0.0.2", 0)]
+    many[3].cancel()
+    go_on.set()
+    await asyncio.gather(*many, other, return_exceptions=True)
+    assert begun[3:] == [("10.0.0.1", 2), ("10.0.0.1", 4)]  # in their order
+    assert len(turns) == 0
 
 
 # authority

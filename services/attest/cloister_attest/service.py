@@ -23,6 +23,7 @@ from cloister_attest.identities import IDENTITY_CALLERS
 from cloister_attest.operators import OPERATOR_CALLERS
 from cloister_attest.ratelimit import RateLimit
 from cloister_attest.registry import Registry
+from cloister_attest.turns import Turns
 from cloister_attest.verdicts import Verdict, Verdicts
 from cloister_attest.workloads import Backend, Job, Registration
 
@@ -30,6 +31,9 @@ _DIGEST_SIZE: Final = 48
 _PACKAGE: Final = "cloister.api.attest.v1"
 MAX_HELD: Final = 256  # refused calls that are answered late, at once
 _HELD_S: Final = 1.0
+# Of one address: another one's call has no more than these before it. Verification holds the interpreter, so that more
+# at once are not sooner done.
+_AT_ONCE: Final = 1
 # Calls that wait cost a place, not time. There are more places than calls can come by the connections that the door
 # lets in: 32 of an address, four calls each. The largest message is evidence with a quote of 64 KiB and a log of 1 MiB;
 # what one address can have read of it at once is 160 MiB. Connections are short: others wait for their place.
@@ -78,20 +82,21 @@ class EnrolmentServicer(attest_pb2_grpc.EnrolmentServiceServicer):
         self._address_of = address_of
         self._pause = pause
         self._held = 0
+        self._turns = Turns(_AT_ONCE)
 
     async def Challenge(self, request: attest_pb2.ChallengeRequest, context: Any) -> attest_pb2.ChallengeResponse:
         await self._admit(context)
         return await self._enrolment.challenge(request)
 
     async def Attest(self, request: attest_pb2.AttestRequest, context: Any) -> attest_pb2.AttestResponse:
-        await self._admit(context)
-        return await self._enrolment.attest(request)
+        async with self._turns.of(await self._admit(context)):
+            return await self._enrolment.attest(request)
 
     async def IssueUserCertificate(
         self, request: attest_pb2.IssueUserCertificateRequest, context: Any
     ) -> attest_pb2.IssueUserCertificateResponse:
-        await self._admit(context)
-        return await self._enrolment.issue_user(request)
+        async with self._turns.of(await self._admit(context)):
+            return await self._enrolment.issue_user(request)
 
     async def GetTrustBundle(
         self, _request: attest_pb2.GetTrustBundleRequest, context: Any
@@ -105,7 +110,8 @@ class EnrolmentServicer(attest_pb2_grpc.EnrolmentServiceServicer):
         await self._admit(context)
         return attest_pb2.GetTrustUpdateResponse(trust_update=await self._enrolment.trust_update(request.sequence))
 
-    async def _admit(self, context: Any) -> None:
+    async def _admit(self, context: Any) -> str:
+        """Count a call, and let it wait if need be; return whose it is."""
         address = self._address_of(context.peer())
         if address is None:
             raise CloisterError(
@@ -127,6 +133,7 @@ class EnrolmentServicer(attest_pb2_grpc.EnrolmentServiceServicer):
             raise
         if wait_s:
             await self._pause(wait_s)
+        return address
 
 
 class RegistryServicer(attest_pb2_grpc.RegistryServiceServicer):

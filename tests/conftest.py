@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One thing for all tests: those that start whole stacks take turns, the others fill the other core."""
+"""One thing for all tests: how `--dist loadgroup` shares them out, so that two cores are kept busy and not fought for.
+
+What starts whole stacks or pins cores takes turns on one worker. Every other module of tests with real processes stays
+together, because its tests share what it started. All the rest goes wherever there is room.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
-STACKS = frozenset({"integration", "e2e"})
+PINNED = ("test_trainer_", "test_serving_")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests of real processes for `--dist loadgroup`: two stacks at once would fight for two cores."""
+    """Give every test with real processes its group."""
     for item in items:
-        if STACKS & set(Path(item.path).parts):
+        path = Path(item.path)
+        if "e2e" in path.parts or ("integration" in path.parts and path.name.startswith(PINNED)):
             item.add_marker(pytest.mark.xdist_group("stacks"))
+        elif "integration" in path.parts:
+            item.add_marker(pytest.mark.xdist_group(path.stem))

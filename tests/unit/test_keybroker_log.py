@@ -18,7 +18,9 @@ from cloister.transparency.entry import LoggedEntry
 from cloister.transparency.start import Start
 from cloister_keybroker import logcheck, logkey
 from cloister_keybroker.logcheck import grant_tag, key_tag
+from cloister_keybroker.logreading import read_whole_log
 from cloister_keybroker.rootkey import RootKey
+from cloister_keybroker.transaction import Transaction
 from fakes.certs import TRUST_DOMAIN
 from fakes.keybroker_harness import KEY, OTHER_KEY, TENANT, Broker, a_broker, owner
 from fakes.log_material import BROKER, DROP_GUARDS, ROOT_KEY, Log, an_entry, edit, tenant_of
@@ -439,3 +441,35 @@ async def test_a_disabled_key_is_logged_with_its_record(tmp_path: Path) -> None:
         record = (await broker.owners.get(owner(), KEY)).record
         logged = await broker.store.read(lambda t: t.log.verify(whole=True))
         assert logged[key_tag(TENANT, str(KEY))] == record.digest()
+
+
+# The whole log, again.
+
+
+async def a_long_store(directory: Path) -> Path:
+    async with a_broker(directory) as broker:
+        await broker.create_key()
+
+        def fill(transaction: Transaction) -> None:
+            for number in range(LONG):
+                transaction.append(an_entry(job=f"j-{number}"), time_ms=number)
+
+        await broker.store.write(fill)
+    return directory / "store.sqlite"
+
+
+async def test_a_running_broker_reads_its_whole_log_and_goes_on(tmp_path: Path) -> None:
+    await a_long_store(tmp_path)
+    async with a_broker(tmp_path) as broker:
+        await read_whole_log(broker.store, pause_s=0)
+        await broker.td().release()
+
+
+async def test_a_running_broker_that_finds_an_old_entry_changed_does_nothing_more(tmp_path: Path) -> None:
+    edit(await a_long_store(tmp_path), *DROP_GUARDS, "UPDATE entries SET entry = zeroblob(9) WHERE idx = 9")
+    async with a_broker(tmp_path) as broker:
+        await broker.td().release()
+        await read_whole_log(broker.store, pause_s=0)
+        with pytest.raises(CloisterError) as caught:
+            await broker.td().release()
+        assert caught.value.code is Code.STORE_DAMAGED

@@ -23,6 +23,7 @@ from cloister_keybroker.config import Config
 from cloister_keybroker.datakeys import DataKeyDesk
 from cloister_keybroker.desk import Office
 from cloister_keybroker.destruction import DestructionDesk
+from cloister_keybroker.logreading import keep_reading
 from cloister_keybroker.logservice import mounted_log
 from cloister_keybroker.moving import Mover
 from cloister_keybroker.owners import OwnerDesk
@@ -79,7 +80,7 @@ async def assembled(
     watch = BackendWatch(backends.all(), on_change=watching.on_change, gauge=watching.gauge)
     await watch.look()
     mover = Mover(store, backends, caller=str(identity.spiffe_id), clock=_now)
-    works = (watch.keep_looking(), mover.keep_up(), desks.destruction.keep_carrying_out())
+    works = (watch.keep_looking(), mover.keep_up(), desks.destruction.keep_carrying_out(), keep_reading(store))
     async with in_background(*works):
         yield [
             *mounted(desks, releases),

@@ -143,6 +143,14 @@ class DecisionLog:
         """
         return logcheck.verify(self._connection, self._root_key, self.head(), whole=whole)
 
+    def walk(self, frontier: Frontier, begin: int, end: int) -> Frontier:
+        """Return the frontier with the entries [begin, end) hashed into it; raise STORE_DAMAGED for a changed one."""
+        return logcheck.walk(self._connection, frontier, begin, end)
+
+    def check_segment(self, number: int, root: bytes) -> None:
+        """Raise STORE_DAMAGED unless a segment's entries had this root when they were complete."""
+        logcheck.check_segment(self._connection, self._root_key, number, root)
+
     def rekey(self, root_key: RootKey) -> None:
         """Authenticate head and segments anew, for a root key that replaces this one; entries stay as they are."""
         head, after = self.head(), DecisionLog(self._connection, root_key)

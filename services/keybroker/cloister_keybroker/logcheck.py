@@ -35,7 +35,7 @@ def close_segment(connection: apsw.Connection, root_key: RootKey, size: int, com
     """Verify the last 4,096 entries and write their segment; `completed` are the subtrees the last entry completed."""
     number = (size >> _LEVEL) - 1
     begin = number << _LEVEL
-    found = _walk(connection, Frontier(), begin, size)
+    found = walk(connection, Frontier(), begin, size)
     if not hmac.compare_digest(found.root(), completed[_LEVEL]):
         raise damaged(f"entries from {begin} on were changed after they were written")
     columns = _columns(connection, begin)
@@ -61,13 +61,13 @@ def verify(connection: apsw.Connection, root_key: RootKey, head: Frontier, *, wh
             raise damaged(f"segment {number} was not written by this broker")
         if not hmac.compare_digest(columns, _columns(connection, begin)):
             raise damaged(f"entries from {begin} on were moved, relabelled, added or removed")
-        if whole and _walk(connection, Frontier(), begin, begin + SEGMENT).root() != root:
-            raise damaged(f"entries from {begin} on were changed")
+        if whole:
+            check_segment(connection, root_key, number, walk(connection, Frontier(), begin, begin + SEGMENT).root())
         segments = segments.appended(root)
     if segments.size != head.size >> _LEVEL:
         raise damaged("segments were removed")
     complete = Frontier(segments.size << _LEVEL, segments.peaks)
-    if _walk(connection, complete, complete.size, None) != head:
+    if walk(connection, complete, complete.size, None) != head:
         raise damaged("entries were changed, added or removed")
     changes = connection.execute(
         "SELECT key_tag, record_digest FROM decisions INDEXED BY record_changes WHERE record_digest <> x'' ORDER BY idx"
@@ -94,6 +94,15 @@ def columns_of(outline: Outline) -> tuple[str, bytes, bytes, bytes]:
     return outline.tenant, key_tag(outline.tenant, outline.key_uri), counted, outline.record_digest
 
 
+def check_segment(connection: apsw.Connection, root_key: RootKey, number: int, found: bytes) -> None:
+    """Raise STORE_DAMAGED unless this is the root that the entries of a segment had when they were complete."""
+    row: Any = connection.execute("SELECT root, columns, mac FROM log_segments WHERE number = ?", (number,)).fetchone()
+    if row is None or not hmac.compare_digest(row[2], _mac(root_key, number, row[0], row[1])):
+        raise damaged(f"segment {number} was not written by this broker")
+    if not hmac.compare_digest(row[0], found):
+        raise damaged(f"entries from {number << _LEVEL} on were changed")
+
+
 def rekey(connection: apsw.Connection, old: RootKey, new: RootKey) -> None:
     """Authenticate the segments anew, for a root key that replaces another."""
     rows: list[Any] = connection.execute("SELECT number, root, columns, mac FROM log_segments").fetchall()
@@ -114,7 +123,7 @@ def damaged(why: str) -> CloisterError:
     )
 
 
-def _walk(connection: apsw.Connection, frontier: Frontier, begin: int, end: int | None) -> Frontier:
+def walk(connection: apsw.Connection, frontier: Frontier, begin: int, end: int | None) -> Frontier:
     """Return the frontier with the entries [begin, end) appended, each of them compared with its columns."""
     rows = connection.execute(
         "SELECT idx, tenant, key_tag, grant_tag, record_digest, entry"

@@ -109,7 +109,7 @@ async def _verify(path: Path, trailer: Trailer, root_key: RootKey | None, *, nam
     try:
         await database.read(lambda connection: _look(connection, trailer, name))
         if root_key is not None:
-            await KeyStore.unsealed(database, root_key)
+            await KeyStore.unsealed(database, root_key, whole=True)
     finally:
         database.close()
 

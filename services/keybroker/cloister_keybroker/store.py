@@ -102,7 +102,7 @@ class KeyStore:
     def __init__(self, database: Database, root_key: RootKey) -> None:
         self._database = database
         self._root_key = root_key
-        self._retired = False
+        self._ended: CloisterError | None = None
         self._registries: OrderedDict[bytes, Registry] = OrderedDict()  # used on the database's thread only
         self._next_write: asyncio.Event | None = None
         self._changes = Changes()
@@ -155,12 +155,15 @@ class KeyStore:
             raise
 
     @classmethod
-    async def unsealed(cls, database: Database, root_key: RootKey) -> KeyStore:
-        """Verify a store whose file is open; raise CloisterError(STORE_DAMAGED) when it does not hold."""
+    async def unsealed(cls, database: Database, root_key: RootKey, *, whole: bool = False) -> KeyStore:
+        """Verify a store whose file is open; raise CloisterError(STORE_DAMAGED) when it does not hold.
+
+        `whole` hashes every entry of the log at once: a running broker does it little by little (logreading.py).
+        """
         store = cls(database, root_key)
         try:
             await database.read(lambda connection: mark.recognise(connection, root_key))
-            await database.read(store._verify)
+            await database.read(lambda connection: store._verify(connection, whole=whole))
         except apsw.Error as error:
             raise store_damaged(f"SQLite: {error}") from None
         return store
@@ -168,7 +171,7 @@ class KeyStore:
     async def key(self, uri: KeyUri, *, version: int = 0) -> StoredKey | None:
         """Return what `Transaction.key` returns, without asking the database while no key has changed."""
         known = self._keys.look((uri, version))
-        if known is not None and known[0] == self._changes.count and not self._retired:
+        if known is not None and known[0] == self._changes.count and self._ended is None:
             return known[1]
 
         def work(transaction: Transaction) -> tuple[int, StoredKey | None]:
@@ -199,7 +202,16 @@ class KeyStore:
 
     def retire(self) -> None:
         """Do nothing more: the root key is to be forgotten or replaced. What still holds this store gets an error."""
-        self._retired = True
+        self._ended = CloisterError(
+            Code.BROKER_SEALED,
+            what="the key broker was sealed meanwhile",
+            why="its root key was forgotten or replaced",
+            todo="try again when it is unsealed",
+        )
+
+    def condemn(self, error: CloisterError) -> None:
+        """Do nothing more but raise this error: what the store holds is not what was put there."""
+        self._ended = error
 
     async def begin_life(self, receipt: Ed25519PrivateKey, broker_id: SpiffeId, *, time_ms: int) -> LogKey:
         """Log that a broker with this receipt key goes on with the log; return the log's own key."""
@@ -225,18 +237,13 @@ class KeyStore:
         self._database.close()
 
     def _transaction(self, connection: apsw.Connection) -> Transaction:
-        if self._retired:  # looked at on the database's thread: no work that waited there gets past it
-            raise CloisterError(
-                Code.BROKER_SEALED,
-                what="the key broker was sealed meanwhile",
-                why="its root key was forgotten or replaced",
-                todo="try again when it is unsealed",
-            )
+        if self._ended is not None:  # on the database's thread: no work that waited there gets past it
+            raise self._ended
         return Transaction(connection, self._root_key, self._registries, records=self._records, changes=self._changes)
 
-    def _verify(self, connection: apsw.Connection) -> None:
+    def _verify(self, connection: apsw.Connection, *, whole: bool) -> None:
         """Compare every key's row with the last change that the (verified) log knows of; then what hangs on the row."""
-        logged = log.DecisionLog(connection, self._root_key).verify()
+        logged = log.DecisionLog(connection, self._root_key).verify(whole=whole)
         transaction = self._transaction(connection)
         records = list(transaction.all_records())
         for record in records:

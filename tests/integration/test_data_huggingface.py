@@ -38,7 +38,9 @@ with keyring.using(Ring()):
 def run(tmp_path: Path, kind: str, url: str, streaming: str, **more: str) -> subprocess.CompletedProcess[str]:
     places = {"HF_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path / "tmp"), "HOME": str(tmp_path / "home")}
     (tmp_path / "tmp").mkdir(exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "HF_ENDPOINT": "http://127.0.0.1:1"} | places | more
+    # Other tests of this process may have switched it off, as ranks do.
+    online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")} | online | places | more
     argv = [sys.executable, "-c", PROGRAM, kind, url, streaming]
     return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=110, cwd=tmp_path)
 
